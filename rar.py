@@ -1,0 +1,496 @@
+"""RAR in one file: Randomized Autoregressive Visual Generation (arXiv 2411.00776).
+
+Train an ordinary causal transformer on image tokens, with one trick: with probability r a sample's
+tokens are put in a random order. r starts at 1 and is annealed to 0, so the model ends as a plain
+raster-order generator that has learned context from every side of a token on the way.
+
+    python rar.py train      a tiny RAR on built-in shapes, in minutes, without a GPU
+    python rar.py sample     a new picture from the newest run
+    python rar.py eval       held-out bits per token, in the final and in random order
+
+In a random order a token must be told which cell of the grid it is to predict. A second position
+embedding, the target-aware one, does that. Here is the sequence of a picture of 2x2 cells
+[[0, 1], [2, 3]] in the order o = [2, 0, 3, 1]:
+
+    slot                 0          1          2          3          4
+    holds               cls       class       x_2        x_0        x_3
+    position row         0          1         2 + 2      2 + 0      2 + 3     where that is
+    target-aware row     -        2 + 2       2 + 0      2 + 3      2 + 1     where to look next
+    adaLN condition      class embedding + embedding of the slot (not of the cell)
+    predicts             -         x_2        x_0        x_3        x_1
+"""
+
+import dataclasses
+import math
+import sys
+from collections import OrderedDict
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import tokenizer as tok
+from tokenizer import UserError, knob
+
+# ---- Configuration -------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that a run depends on. The defaults are the paper's for RAR-B (Tables 1, 4 and 6)."""
+
+    # The data; what has no knob follows from it
+    data: str = knob("shapes", "what to learn: shapes, which are drawn on the spot")
+    num_classes: int = 1000
+    class_names: tuple = ()
+    grid_size: int = knob(16, "cells a side: a picture is T = grid_size^2 tokens", 1, 64)
+    codebook_size: int = knob(1024, "V, the number of different tokens", 1, 65536)
+    # The network
+    width: int = knob(768, "D, channels of a token", 1)
+    depth: int = knob(24, "transformer blocks", 1)
+    heads: int = knob(16, "attention heads, which share the width", 1)
+    mlp_width: int = knob(3072, "hidden channels of each block's MLP", 1)
+    dropout: float = knob(0.1, "against overfitting in 400 epochs; a short run needs none", 0, 0.99)
+    # The method
+    # r falls from 1 to 0 between these fractions: 0 0 is raster all along, 1 1 random to the end
+    anneal: tuple = knob((0.5, 0.75), "fractions of training where r leaves 1, arrives at 0", 0, 1)
+    order: str = knob("raster", "final scan order (Table 3); a wrong name lists the six")
+    label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
+    # The optimisation
+    steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1)
+    batch: int = knob(2048, "samples of an update", 1)
+    micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1)
+    lr: float = knob(4e-4, "AdamW's learning rate after the warm-up", 0, 1)
+    min_lr: float = knob(1e-5, "learning rate at the end of its cosine", 0, 1)
+    warmup: float = knob(0.25, "fraction of training in which the learning rate rises", 0, 1)
+    weight_decay: float = knob(0.03, "of weight matrices; not of embeddings, norms, biases", 0, 1)
+    betas: tuple = knob((0.9, 0.96), "AdamW's averaging of gradients and their squares", 0, 0.9999)
+    clip: float = knob(1.0, "the norm to which a larger gradient is shortened", 1e-6)
+    seed: int = knob(0, "of the initial weights and all randomness of training", 0, 2**63 - 1)
+    log_every: int = knob(100, "updates between two lines of the log", 1)
+    save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
+    # Sampling
+    scale: float = knob(16.0, "guidance at the last token; 0 turns guidance off", 0)
+    power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout", 0)
+    temperature: float = knob(1.0, "of the softmax; 0 takes the likeliest token", 0)
+
+    def __post_init__(self):
+        tok.check_knobs(self)
+        if self.width % self.heads:
+            raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
+        if self.anneal[0] > self.anneal[1]:
+            raise UserError("--anneal {} {} ends before it starts".format(*self.anneal))
+
+PRESETS = {
+    "tiny": Config(  # for the built-in shapes: two minutes on two cores
+        width=128, depth=4, heads=2, mlp_width=512, dropout=0.0, grid_size=8, codebook_size=128,
+        num_classes=10, steps=640, batch=64, lr=3e-3, warmup=0.05, log_every=10, save_every=160,
+        scale=1.5, power=0.0, temperature=0.85),
+    "RAR-S": Config(depth=12),  # has no published sampling settings and takes those of B
+    "RAR-B": Config(),
+    "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
+    "RAR-XL": Config(width=1280, depth=32, mlp_width=5120, scale=6.9, power=1.5, temperature=1.02),
+    "RAR-XXL": Config(width=1408, depth=40, mlp_width=6144, scale=8.0, power=1.2, temperature=1.02),
+}
+
+# ---- The idea: orders, and how often they are random ---------------------------------------------
+
+def randomness(step, start, end):
+    """r, the probability that a sample is put in a random order (Section 3.2).
+
+    r = 1 before start, then (end - step) / (end - start) until end, then 0. In the paper's steps:
+    start 125,000 and end 187,500 of 250,000."""
+    if step < start:
+        return 1.0
+    return (end - step) / (end - start) if step < end else 0.0
+
+def sample_orders(batch, length, r, order=None, rng=None):
+    """Orders (B, T), each of its own: a random permutation with probability r, else `order` (T,).
+    orders[b, i] is the cell that comes i-th in sample b. None is raster order."""
+    rng = np.random.default_rng() if rng is None else rng
+    order = np.arange(length) if order is None else np.asarray(order)
+    is_random = rng.random((batch, 1)) < r
+    permutations = rng.random((batch, length)).argsort(axis=1)
+    return torch.from_numpy(np.where(is_random, permutations, order))
+
+def scan_order(name, grid_size):
+    """The cells (T,) as one of the scans of Fig. 6 visits them; cell = row * grid_size + column."""
+    cell, half = np.arange(grid_size**2), (grid_size + 1) // 2
+    row, column = np.divmod(cell, grid_size)
+    spiral, grid = [], cell.reshape(grid_size, grid_size).T
+    while grid.size:  # go down the left side, take it away, turn the rest
+        spiral, grid = [*spiral, *grid[0]], np.rot90(grid[1:])
+    z_rank = sum((column >> b & 1) << 2 * b | (row >> b & 1) << 2 * b + 1 for b in range(8))
+    quarter, within = 2 * (row // half) + column // half, half * (row % half) + column % half
+    orders = {
+        "raster": cell,
+        "spiral_in": np.array(spiral),
+        "spiral_out": np.array(spiral[::-1]),
+        "z_curve": z_rank.argsort(),
+        "subsample": (4 * within + quarter).argsort(),
+        "alternate": np.where(row % 2, cell - column + grid_size - 1 - column, cell),
+    }
+    if name not in orders:
+        raise UserError(f"--order {name}: choose from {', '.join(orders)}")
+    return torch.from_numpy(orders[name])
+
+# ---- The model: a causal transformer with adaLN; its parameters are named as released ------------
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.q_norm = nn.LayerNorm(config.width // config.heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(config.width // config.heads, eps=1e-6)
+        self.proj = nn.Linear(config.width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, start, cache):
+        B, S, D = x.shape
+        qkv = self.qkv(x).view(B, S, 3, self.heads, D // self.heads)  # (B, S, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # 3 x (B, H, S, D/H)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            cache[0, :, :, start:start + S] = k
+            cache[1, :, :, start:start + S] = v
+            k, v = cache[:, :, :, :start + S]                         # 2 x (B, H, start + S, D/H)
+        # A slot sees itself and what came before; one slot behind cached ones sees all of them.
+        x = F.scaled_dot_product_attention(
+            q, k, v, is_causal=start == 0, dropout_p=self.drop.p if self.training else 0.0)
+        return self.drop(self.proj(x.transpose(1, 2).reshape(B, S, D)))
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(config.width, config.mlp_width), gelu=nn.GELU(),
+            drop1=nn.Dropout(config.dropout),
+            fc2=nn.Linear(config.mlp_width, config.width), drop2=nn.Dropout(config.dropout)))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def forward(self, x, condition, start, cache):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, -1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), start, cache)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+class RAR(nn.Module):
+    """p(x | class) = prod_i p(x_o(i) | x_o(1), ..., x_o(i-1), class), for any order o of the cells.
+
+    Rows of `embeddings`: 0 .. V-1 are the tokens, V is an unused mask, V+1+c is class c, and
+    V+1+num_classes is "no class"."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, T, self.config = config.width, config.grid_size**2, config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
+        # The released tables have 1024, 1024 and 100 rows that nothing uses
+        self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
+        self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.adaln_before_head = nn.ModuleDict(
+            {"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))})
+        self.lm_head = nn.Linear(D, config.codebook_size)
+
+        std = 0.02 * max(1.0, math.sqrt(768 / D))  # 0.02 at the paper's widths, too small below
+        for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            nn.init.trunc_normal_(table, std=std)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for module in [*self.blocks, self.adaln_before_head]:  # gates of 0: blocks do nothing yet
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+
+    def forward(self, tokens, labels, orders):
+        """Teacher forcing: logits (B, T, V), of which [b, i] predicts tokens[b, orders[b, i]].
+
+        tokens (B, T) in cell order; labels (B,) in 0 .. num_classes, the last meaning no class;
+        orders (B, T), the cell that comes i-th."""
+        prefix = tokens.gather(1, orders)[:, :-1]  # the last token predicts nothing
+        return self.run_slots(prefix, labels, orders)[:, 1:]
+
+    def run_slots(self, prefix, labels, orders, start=0, cache=None):
+        """Logits (B, S, V) of the slots start.. of [cls, class, x_o(1), ..., x_o(n)]: slot s
+        predicts x_o(s), slot 0 nothing. prefix (B, n) holds those tokens, in slot order. cache (see
+        empty_cache) keeps keys and values, and with start > 0 has those of the slots before."""
+        B, stop = len(prefix), prefix.shape[1] + 2
+        class_id = self.config.codebook_size + 1 + labels                   # (B,)
+        held = torch.cat([class_id[:, None], prefix], dim=1)                # (B, n + 1), slot 1..
+        # rows[:, s]: the position row of what slot s holds, 0 cls, 1 class, 2 + p cell p. A slot's
+        # target is what the next slot holds: its target-aware row is rows[:, s + 1].
+        rows = F.pad(1 + F.pad(1 + orders, (1, 0)), (1, 0))                 # (B, T + 2)
+        first = max(start, 1)
+        x = self.embeddings(held[:, first - 1:])                            # (B, S, D) without cls
+        x = x + F.embedding(rows[:, first + 1:stop + 1], self.target_aware_pos_embed[0])
+        if start == 0:
+            x = torch.cat([self.cls_token.expand(B, 1, -1), x], dim=1)      # cls has no target
+        x = x + F.embedding(rows[:, start:stop], self.pos_embed[0])         # (B, S, D)
+        # The condition knows the slot, how many tokens there are already, but not the cell.
+        condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
+        for i, block in enumerate(self.blocks):
+            x = block(x, condition, start, None if cache is None else cache[i])
+        # Trap: here scale comes before shift.
+        scale, shift = self.adaln_before_head["adaLN_modulation"](condition).chunk(2, -1)
+        x = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+        with torch.autocast(x.device.type, enabled=False):  # guidance would amplify rounding
+            return self.lm_head(x.float())                                  # (B, S, V)
+
+    def empty_cache(self, batch):
+        """Room for the keys and values of all blocks and slots: (depth, 2, B, H, T + 1, D/H)."""
+        c, device = self.config, self.cls_token.device
+        shape = (c.depth, 2, batch, c.heads, c.grid_size**2 + 1, c.width // c.heads)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+        return torch.empty(shape, dtype=dtype, device=device)
+
+def training_loss(model, tokens, labels, orders):
+    """-log p(x_o(i) | x_o(1), ..., x_o(i-1), class) in nats, and how often the likeliest token is
+    right: means over samples and slots. Arguments as in RAR.forward."""
+    logits = model(tokens, labels, orders)  # (B, T, V)
+    targets = tokens.gather(1, orders)      # (B, T), in slot order as the logits are
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return loss, (logits.argmax(-1) == targets).float().mean()
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+def guidance_weight(step, steps, scale, power):
+    """g(t) = 1 + (scale - 1) (1 - cos(pi (t / T)^power)) / 2 at token t = step of T = steps.
+    1, no guidance, while the picture is open, towards `scale` at its end. Power 0: always scale."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
+
+def draw(logits, temperature, uniforms):
+    """A token from each row's softmax: logits (B, V), uniforms (B,) in [0, 1) -> (B,).
+    The first token whose cumulative probability exceeds the uniform. That is scaled by the total,
+    1 but for rounding, so that such a token exists and its probability is not 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)  # (B, V)
+    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
+
+@torch.no_grad()
+def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None,
+             cache=True):
+    """Tokens (B, T), in cell order, drawn one after the other.
+
+    labels (B,); scale 0 turns guidance off. uniforms (B, T) decide the draws slot by slot; by
+    default they are random. orders (B, T) or (T,): the cell that comes i-th; by default raster.
+    known (B, T) holds given tokens or -1; given cells stand first in their order.
+    cache=False runs all slots again for every token: slow, but what the fast path must equal."""
+    B, T, device = len(labels), model.config.grid_size**2, labels.device
+    orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
+    uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
+    known = torch.full((B, T), -1, device=device) if known is None else known
+    given = known.gather(1, orders)                                 # (B, T), in slot order
+    if ((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any():
+        raise ValueError("the cells that `known` gives must stand first in `orders`")
+    branches = 2 if scale else 1  # with guidance, rows B .. 2B-1 are the same without their class
+    rows_labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
+    rows_labels, rows_orders = rows_labels[:branches * B], orders.repeat(branches, 1)
+    memory = model.empty_cache(branches * B) if cache else None
+    drawn = torch.empty(B, 0, dtype=torch.long, device=device)      # (B, t), in slot order
+    for t in range(T):
+        # Token t is predicted by slot t + 1, the only slot that is new, but for cls at first.
+        start = t + 1 if cache and t > 0 else 0
+        logits = model.run_slots(drawn.repeat(branches, 1), rows_labels, rows_orders, start, memory)
+        logits = logits[:, -1]                                      # (branches * B, V)
+        if scale:
+            conditional, unconditional = logits.chunk(2)
+            weight = guidance_weight(t, T, scale, power)
+            logits = unconditional + weight * (conditional - unconditional)
+        token = draw(logits, temperature, uniforms[:, t])
+        token = torch.where(given[:, t] >= 0, given[:, t], token)
+        drawn = torch.cat([drawn, token[:, None]], dim=1)
+    return torch.empty_like(drawn).scatter_(1, orders, drawn)       # cell order again
+
+def image_uniforms(seed, numbers, length):
+    """The uniforms (B, T) of the images with these numbers: functions of (seed, number) alone, so
+    that image i is the same in whatever batch it is drawn."""
+    streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
+    return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
+
+def sample_images(model, tokenizer, labels, config, seed, autocast):
+    """Images (N, 3, H, W) of the classes `labels` (N,), by the sampling settings of config."""
+    images, device = [], model.cls_token.device
+    order = scan_order(config.order, config.grid_size).to(device)
+    for part in tqdm(torch.arange(len(labels)).split(config.micro_batch), "sampling", leave=False):
+        uniforms = image_uniforms(seed, part.tolist(), len(order)).to(device)
+        with autocast:
+            tokens = generate(model, labels[part].to(device), config.scale, config.power,
+                              config.temperature, uniforms=uniforms, orders=order)
+        images.append(tokenizer.decode(tokens.cpu()))
+    return torch.cat(images)
+
+# ---- Training ------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, warmup, peak, floor):
+    """Linear from 0 to peak at step `warmup`, then half a cosine to floor at `steps`."""
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+def make_optimizer(model, config):
+    """AdamW that decays what the authors' does. Trap: the rule is case-sensitive, so it exempts
+    adaln_before_head ("ln") and decays blocks.*.adaLN_modulation."""
+    exempt = ("ln", "bias", "embedding", "norm", "embed")
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or any(word in name for word in exempt)
+        (others if plain else decayed).append(parameter)
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": config.weight_decay},
+                              {"params": others, "weight_decay": 0.0}], betas=config.betas)
+
+@lru_cache(maxsize=2)
+def shuffled(count, seed, epoch):
+    return np.random.default_rng((seed, epoch, 1)).permutation(count)
+
+def draw_batch(rows, config, step, r):
+    """What update `step` sees of rows (N, 1 + T): tokens, labels, orders, seeds of dropout (B,).
+
+    The one rule of randomness: everything random about an update is a function of (seed, step, row
+    of the global batch). No generator has a state that outlives the update, hence a run resumes
+    exactly, and processes that share the rows of a batch make the same update as one."""
+    epochs, index = np.divmod(step * config.batch + np.arange(config.batch), len(rows))
+    for epoch in np.unique(epochs):  # every pass over the rows has its own permutation
+        now = epochs == epoch
+        index[now] = shuffled(len(rows), config.seed, int(epoch))[index[now]]
+    batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T): class, tokens
+    rng = np.random.default_rng((config.seed, step))
+    dropped = torch.from_numpy(rng.random(config.batch) < config.label_dropout)
+    labels = batch[:, 0].masked_fill(dropped, config.num_classes)
+    order = scan_order(config.order, config.grid_size)
+    orders = sample_orders(config.batch, len(order), r, order, rng)
+    return batch[:, 1:], labels, orders, rng.integers(2**63, size=config.batch)
+
+def train_step(model, optimizer, config, rows, step, autocast):
+    """One update. Returns its line of the log, in tensors, so that nothing waits for the device."""
+    r = randomness(step, config.anneal[0] * config.steps, config.anneal[1] * config.steps)
+    lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
+    tokens, labels, orders, seeds = draw_batch(rows, config, step, r)
+    device, means = model.cls_token.device, 0
+    for part in torch.arange(config.batch).split(config.micro_batch):
+        torch.manual_seed(int(seeds[part[0]]))  # of the dropout masks
+        with autocast:
+            loss, accuracy = training_loss(
+                model, tokens[part].to(device), labels[part].to(device), orders[part].to(device))
+        share = len(part) / config.batch
+        (loss * share).backward()
+        means = means + share * torch.stack([loss.detach(), accuracy])
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": means[0], "accuracy": means[1], "r": r, "lr": lr, "gradient_norm": norm}
+
+@torch.no_grad()
+def evaluate(model, rows, config, autocast):
+    """Bits per token and accuracy over rows (N, 1 + T), without guidance: in the final order, and
+    in random orders, the same ones every time."""
+    device, result = model.cls_token.device, {}
+    rows = torch.from_numpy(rows.astype(np.int64))
+    order = scan_order(config.order, config.grid_size)
+    for name, r in (("final_order", 0), ("random_order", 1)):
+        orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
+        sums = torch.zeros(2, device=device)
+        for part in torch.arange(len(rows)).split(config.micro_batch):
+            batch = (x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders))
+            with autocast:
+                sums += len(part) * torch.stack(training_loss(model, *batch))
+        nats, accuracy = (sums / len(rows)).tolist()
+        result |= {f"{name}_bits": nats / math.log(2), f"{name}_accuracy": accuracy}
+    return result
+
+def train(config, run, device, autocast):
+    """Make the updates that the run still lacks; its weights, log and previews go to its folder."""
+    torch.manual_seed(config.seed)
+    model = RAR(config).to(device)
+    optimizer = make_optimizer(model, config)
+    first = run.load(model, optimizer)
+    data = tok.open_data(config, run.folder)
+    labels = torch.arange(min(80, 5 * config.num_classes)) % config.num_classes  # of the previews
+    for step in run.updates(first):  # ends early on Ctrl-C
+        line = train_step(model.train(), optimizer, config, data.train, step, autocast)
+        run.report(step, line)
+        if run.is_milestone(step):
+            model.eval()
+            images = sample_images(model, data.tokenizer, labels, config, config.seed, autocast)
+            tok.save_grid(run.preview(step), images, config.class_names)
+            run.report_held_out(step, evaluate(model, data.held_out, config, autocast))
+        if run.is_milestone(step) or run.stopped:
+            run.save(step, model, optimizer)
+    run.say_what_next()
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def train_command(args, knobs, device, autocast):
+    preset = PRESETS[args.model]
+    names = tok.class_names(knobs.get("data", preset.data))
+    config = dataclasses.replace(preset, num_classes=len(names), class_names=names, **knobs)
+    scan_order(config.order, config.grid_size)  # refuses a wrong name before anything is written
+    train(config, tok.Run(args.run or f"runs/{config.data}-{args.model}", config), device, autocast)
+
+def load_model(path, knobs, device):
+    """The model of a weights file or run (None: the newest run), its config, and its folder."""
+    path = tok.find_weights(path)
+    state, sizes = tok.read_weights(path)
+    config = dataclasses.replace(tok.read_config(path.parent, Config), **sizes, **knobs)
+    scan_order(config.order, config.grid_size)
+    model = RAR(config)
+    tok.load_strictly(model, state, path)
+    return model.to(device).eval(), config, path.parent
+
+def sample_command(args, knobs, device, autocast):
+    model, config, folder = load_model(args.weights, knobs, device)
+    classes = tok.class_numbers(args.classes, config)
+    count = args.count or min(80, 5 * len(classes))
+    labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
+    tokenizer = tok.load(folder / "tokenizer.pt")
+    path = tok.picture_path(args.out, folder)
+    images = sample_images(model, tokenizer, labels, config, args.draw_seed, autocast)
+    names = config.class_names or range(config.num_classes)
+    tok.save_grid(path, images, [names[c] for c in classes])
+    print(f"{path}: {count} pictures, seed {args.draw_seed}")
+
+def eval_command(args, knobs, device, autocast):
+    model, config, folder = load_model(args.weights, knobs, device)
+    data = tok.open_data(config, folder)
+    result = evaluate(model, data.held_out, config, autocast)
+    print(f"{len(data.held_out):,} held-out pictures of {config.data}, without guidance:")
+    for name, key in ((config.order, "final_order"), ("random", "random_order")):
+        print(f"{name} order: {result[key + '_bits']:.3f} bits/token, "
+              f"{result[key + '_accuracy']:.1%} of tokens right")
+
+def main(argv=None):
+    """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
+    parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
+    train = parser.command("train", train_command, "train a model on pictures", Config)
+    train.add_argument("--model", choices=PRESETS, default="tiny", help="preset of all flags")
+    train.add_argument("--run", help="folder to train in, or to go on in [runs/DATA-MODEL]")
+    sample = parser.command("sample", sample_command, "draw pictures", Config,
+                            ("order", "scale", "power", "temperature", "micro_batch"))
+    sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
+    sample.add_argument("--count", type=tok.whole_number(1), help="pictures [5 of each class]")
+    sample.add_argument("--seed", type=tok.whole_number(0), dest="draw_seed", default=1,
+                        help="picture i depends on the seed and i alone [1]")
+    sample.add_argument("--out", help="the PNG to write [a new one in the folder of the run]")
+    evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
+                                Config, ("data", "order", "micro_batch"))
+    for command in (sample, evaluation):
+        command.add_argument("--weights", help="weights file or run folder [the newest run]")
+    return parser.run(argv)
+
+if __name__ == "__main__":
+    sys.exit(main())
