@@ -191,14 +191,18 @@ def load_strictly(module, state, path):
             raise UserError(f"{path} does not fit the model: {name} is {here}, expected {there}")
     module.load_state_dict(state)
 
+def newest_weights():
+    """The weights.pt of the run in runs/ that was saved last, or None."""
+    files = Path("runs").glob("*/weights.pt")
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+
 def find_weights(path):
-    """The weights file that is meant by a file, a run folder, or None: the newest run."""
+    """The weights file that is meant by a file, by a run folder, or by None: the newest run's."""
     if path is None:
-        found = sorted(Path("runs").glob("*/weights.pt"), key=lambda file: file.stat().st_mtime)
-        if not found:
+        if (newest := newest_weights()) is None:
             raise UserError("there is no run in runs/ yet: make one with python rar.py train, "
                             "or name a file with --weights")
-        return found[-1]
+        return newest
     path = Path(path) / "weights.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"--weights: there is no file {path}")
@@ -298,7 +302,6 @@ class Run:
             with self.bar:
                 for step in range(first, self.config.steps):
                     yield step
-                    self.bar.update()
                     if self.stopped:
                         return
         finally:
@@ -313,8 +316,9 @@ class Run:
         return self.folder / f"step-{step + 1:06}.png"
 
     def report(self, step, line):
-        """Log what a training step said of itself, on every log_every-th update."""
+        """Move the bar, and on every log_every-th update log what the step said of itself."""
         done = step + 1
+        self.bar.update()
         if done == 1 or done % self.config.log_every == 0 or self.is_milestone(step):
             rate = (done - self.logged) * self.config.batch / (time.perf_counter() - self.clock)
             line = {key: float(value) for key, value in line.items()} | {"images_per_second": rate}
@@ -345,8 +349,8 @@ class Run:
             raise KeyboardInterrupt(f"stopped; {self.folder} is saved, the same command goes on")
         print(f"{self.folder} is finished: {self.config.steps} updates. "
               f"Look at {self.preview(self.config.steps - 1)}")
-        newest = find_weights(None) == self.folder / "weights.pt"
-        print("next: python rar.py sample" + ("" if newest else f" --weights {self.folder}"))
+        is_newest = newest_weights() == self.folder / "weights.pt"
+        print("next: python rar.py sample" + ("" if is_newest else f" --weights {self.folder}"))
 
 # ---- Built-in data: shapes -----------------------------------------------------------------------
 

@@ -1,0 +1,590 @@
+"""Run with: python -m pytest -q
+
+The expected figures are the authors' implementation's, on weights that anyone can regenerate (see
+`closed_form`). Where the folder ../shared lies beside the checkout, its golden files are matched in
+full as well.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import rar
+import tokenizer as tok
+from rar import PRESETS, RAR, Config, generate, sample_orders, scan_order
+
+GOLDEN = Path(__file__).parent.parent / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="no ../shared/golden here")
+
+TINY = Config(width=64, depth=3, heads=4, mlp_width=256, grid_size=4, codebook_size=32,
+              num_classes=10, dropout=0.0)
+ORDERS = torch.tensor([[2, 14, 4, 8, 9, 7, 11, 1, 5, 0, 12, 15, 6, 13, 10, 3],
+                       [7, 11, 0, 10, 5, 8, 4, 14, 12, 9, 15, 1, 13, 2, 6, 3],
+                       [6, 11, 5, 3, 10, 13, 8, 2, 4, 9, 0, 14, 7, 12, 1, 15]])
+TOKENS = torch.tensor([[27, 20, 16, 8, 9, 1, 2, 0, 5, 26, 20, 29, 16, 19, 31, 23],
+                       [20, 17, 17, 29, 8, 26, 21, 0, 12, 27, 17, 1, 24, 23, 27, 5],
+                       [2, 27, 0, 17, 2, 9, 15, 13, 12, 0, 0, 3, 0, 21, 16, 20]])
+LABELS = torch.tensor([2, 6, 7])
+RASTER = torch.arange(16).expand(3, 16)
+
+
+def closed_form(model):
+    """Fill the model with weights that depend on nothing but names, shapes and a sine."""
+    state = model.state_dict()
+    for k, name in enumerate(sorted(state)):
+        shape, count = state[name].shape, state[name].numel()
+        v = np.sin(np.arange(count) * 12.9898 + k * 78.233) * 43758.5453
+        v = 2 * (v - np.floor(v)) - 1
+        if len(shape) >= 2:
+            v *= 0.5 if "embed" in name or "cls_token" in name else np.sqrt(3 * shape[0] / count)
+        else:
+            v = 1 + 0.1 * v if name.endswith("weight") else 0.1 * v
+        state[name] = torch.from_numpy(v.astype(np.float32)).view(shape)
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture
+def model():
+    return closed_form(RAR(TINY)).eval()
+
+
+# ---- The published model -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, label, orders, expected", [
+    ("logits_raster", None, RASTER, [(1.118814, -0.352126, -1.152376, 0.002458),
+                                     (0.869593, -0.42206, 0.013033, 0.653023),
+                                     (-1.476539, -0.150445, 0.954111, -1.1295)]),
+    ("logits_permuted", None, ORDERS, [(0.877996, -0.293868, -1.436493, 1.879414),
+                                       (0.075993, -1.175012, -0.827803, -0.177382),
+                                       (0.217349, 2.229292, 0.223261, -1.031078)]),
+    ("logits_raster_uncond", 10, RASTER, [(1.853005, -0.856028, -1.159469, 0.148748),
+                                          (1.104111, 0.33193, -0.542573, 1.484534),
+                                          (0.4913, 0.239152, 0.738969, -0.71225)]),
+])
+def test_logits(model, name, label, orders, expected):
+    labels = LABELS if label is None else torch.full((3,), label)
+    logits = model(TOKENS, labels, orders).detach()
+    assert logits.shape == (3, 16, 32)
+    for (b, slot), values in zip([(0, 0), (1, 7), (2, 15)], expected):
+        assert logits[b, slot, :4].tolist() == pytest.approx(values, abs=6e-6)
+    if GOLDEN.exists():
+        golden = np.load(GOLDEN / "rar.npz")[name][:, :-1]  # theirs has an unused last slot
+        assert np.abs(logits.numpy() - golden).max() < 5e-6
+
+
+GRADIENT_NORMS = {
+    "cls_token": 0.06384297460317612, "pos_embed": 0.3264736533164978,
+    "target_aware_pos_embed": 0.3116339147090912, "timesteps_embeddings": 0.2637688219547272,
+    "blocks.0.attn.q_norm.weight": 0.029111243784427643,
+    "blocks.1.attn.qkv.weight": 0.36872583627700806,
+    "blocks.2.adaLN_modulation.1.weight": 0.37690895795822144,
+    "adaln_before_head.adaLN_modulation.1.weight": 0.3427542746067047,
+    "embeddings.weight": 0.4306204915046692, "lm_head.weight": 1.2387397289276123}
+
+
+def test_gradients(model):
+    loss, _ = rar.training_loss(model, TOKENS, LABELS, ORDERS)
+    loss.backward()
+    expected = dict(GRADIENT_NORMS)
+    if GOLDEN.exists():
+        golden = np.load(GOLDEN / "rar.npz")
+        expected |= dict(zip(golden["grad_names"].tolist(), golden["grad_norms"].tolist()))
+        assert expected.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert parameter.grad.norm().item() == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
+
+
+def test_eight_updates(model):
+    losses = [3.7287747859954834, 3.7287747859954834, 3.6020171642303467, 3.3536508083343506,
+              3.1292665004730225, 2.9538164138793945, 2.8380415439605713, 2.778270959854126]
+    norms = [2.251305103302002, 2.251305103302002, 2.2265126705169678, 2.1697659492492676,
+             2.111438035964966, 2.062629461288452, 2.0295541286468506, 2.012521982192993]
+    optimizer = rar.make_optimizer(model, TINY)
+    decayed = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    block = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    assert names == {"cls_token", "lm_head.weight",
+                     *(f"blocks.{i}.{part}.weight" for i in range(3) for part in block)}
+    for step in range(8):
+        for group in optimizer.param_groups:
+            group["lr"] = rar.learning_rate(step, 8, 2, 4e-4, 1e-5)
+        loss, _ = rar.training_loss(model, TOKENS, LABELS, ORDERS)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.item() == pytest.approx(losses[step], rel=1e-6)
+        assert norm.item() == pytest.approx(norms[step], rel=1e-5)
+
+
+@pytest.mark.parametrize("scale, power, expected", [
+    (0, 0, [[22, 27, 19, 17, 26, 27, 8, 10, 20, 15, 27, 12, 30, 10, 12, 1],
+            [22, 1, 20, 10, 21, 20, 10, 10, 20, 10, 27, 0, 24, 5, 5, 23],
+            [13, 14, 30, 17, 3, 31, 30, 10, 20, 20, 7, 11, 7, 11, 24, 22]]),
+    (4, 0, [[29, 26, 28, 16, 23, 7, 22, 27, 28, 10, 27, 29, 28, 17, 5, 27],
+            [4, 7, 7, 11, 4, 31, 24, 18, 20, 10, 7, 31, 4, 11, 29, 5],
+            [16, 17, 7, 28, 7, 7, 10, 30, 16, 2, 17, 7, 29, 7, 5, 27]]),
+    # a near tie at step 8 of the first row: it is compared up to there
+    (16, 2.75, [[22, 27, 19, 17, 26, 27, 8, 10],
+                [22, 1, 20, 10, 21, 20, 10, 18, 9, 22, 7, 31, 18, 28, 7, 4],
+                [13, 14, 30, 17, 3, 31, 30, 18, 2, 17, 17, 15, 28, 16, 31, 5]]),
+])
+@pytest.mark.parametrize("cache", [True, False])
+def test_greedy_generation(model, scale, power, expected, cache):
+    tokens = generate(model, LABELS, scale, power, 0, cache=cache).tolist()
+    assert [row[:len(wanted)] for row, wanted in zip(tokens, expected)] == expected
+
+
+@pytest.mark.parametrize("name, count", [
+    ("RAR-S", 133_344_256), ("RAR-B", 260_923_648), ("RAR-L", 461_668_352),
+    ("RAR-XL", 955_425_024), ("RAR-XXL", 1_498_520_704)])
+def test_sizes(name, count):
+    with torch.device("meta"):
+        model = RAR(PRESETS[name])
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    released = GOLDEN / "rar_keys.json"
+    key = name.lower().replace("-", "_")
+    if released.exists() and key in (keys := json.loads(released.read_text())):
+        assert {n: list(p.shape) for n, p in model.state_dict().items()} == keys[key]
+
+
+def test_first_loss_is_that_of_the_released_initialisation():
+    """At width 768 the head of std 0.02 sees normalised inputs: ln V + 768 * 0.02^2 / 2."""
+    torch.manual_seed(0)
+    model = RAR(dataclasses.replace(PRESETS["RAR-S"], depth=1))
+    tokens = torch.randint(1024, (4, 256))
+    orders = torch.arange(256).expand(4, 256)
+    loss, _ = rar.training_loss(model, tokens, torch.arange(4), orders)
+    assert loss.item() == pytest.approx(math.log(1024) + 768 * 0.02**2 / 2, abs=0.02)
+
+
+# ---- The idea ------------------------------------------------------------------------------------
+
+
+def test_randomness():
+    assert rar.randomness(0, 125_000, 187_500) == rar.randomness(125_000, 125_000, 187_500) == 1
+    assert rar.randomness(150_000, 125_000, 187_500) == pytest.approx(0.6)
+    assert rar.randomness(187_500, 125_000, 187_500) == rar.randomness(2e5, 125_000, 187_500) == 0
+    assert all(rar.randomness(step, 0, 0) == 0 for step in range(10))       # plain raster
+    assert all(rar.randomness(step, 10, 10) == 1 for step in range(10))     # always random
+
+
+def test_learning_rate():
+    rates = [rar.learning_rate(step, 8, 2, 4e-4, 1e-5) for step in range(8)]
+    assert rates == pytest.approx([0, 2e-4, 4e-4, 3.73874954e-4, 3.025e-4, 2.05e-4, 1.075e-4,
+                                   3.61250463e-5])
+    assert rar.learning_rate(8, 8, 2, 4e-4, 1e-5) == pytest.approx(1e-5)
+    assert rar.learning_rate(0, 8, 0, 4e-4, 1e-5) == 4e-4
+
+
+def test_guidance_weight():
+    weights = [rar.guidance_weight(t, 256, 16, 2.75) for t in range(256)]
+    assert weights[0] == 1 and weights == sorted(weights)
+    assert weights[-2:] == pytest.approx([15.98315514, 15.99575865])
+    assert {rar.guidance_weight(t, 256, 4, 0) for t in range(256)} == {4}
+    assert rar.guidance_weight(128, 256, 9, 1) == pytest.approx(5)
+
+
+def test_sample_orders_draws_for_each_sample():
+    orders = sample_orders(4000, 6, 0.6, rng=np.random.default_rng(0))
+    assert orders.shape == (4000, 6) and orders.dtype == torch.long
+    assert (orders.sort(dim=1).values == torch.arange(6)).all()
+    raster = (orders == torch.arange(6)).all(dim=1).float().mean().item()
+    assert raster == pytest.approx(0.4 + 0.6 / 720, abs=0.03)
+    # every cell comes first equally often: chi-square with 5 degrees of freedom, 0.1 %
+    random = sample_orders(4000, 6, 1, rng=np.random.default_rng(1))
+    counts = torch.bincount(random[:, 0], minlength=6)
+    assert ((counts - 4000 / 6) ** 2 / (4000 / 6)).sum() < 20.5
+    spiral = scan_order("spiral_in", 4)
+    assert (sample_orders(3, 16, 0, spiral) == spiral).all()
+
+
+def test_scan_orders():
+    def ranks(name):
+        return scan_order(name, 4).argsort().view(4, 4).tolist()
+
+    assert ranks("raster") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert ranks("alternate") == [[0, 1, 2, 3], [7, 6, 5, 4], [8, 9, 10, 11], [15, 14, 13, 12]]
+    assert ranks("spiral_in") == [[0, 11, 10, 9], [1, 12, 15, 8], [2, 13, 14, 7], [3, 4, 5, 6]]
+    assert ranks("spiral_out") == [[15, 4, 5, 6], [14, 3, 0, 7], [13, 2, 1, 8], [12, 11, 10, 9]]
+    assert ranks("z_curve") == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert ranks("subsample") == [[0, 4, 1, 5], [8, 12, 9, 13], [2, 6, 3, 7], [10, 14, 11, 15]]
+    for name in ("raster", "alternate", "spiral_in", "spiral_out", "z_curve", "subsample"):
+        for n in (1, 2, 3, 5, 8):
+            assert sorted(scan_order(name, n).tolist()) == list(range(n * n))
+
+
+@needs_golden
+def test_scan_orders_of_the_paper():
+    for name, grid in json.loads((GOLDEN / "scan_orders.json").read_text()).items():
+        assert scan_order(name, 16).argsort().view(16, 16).tolist() == grid
+
+
+def test_target_embedding_tells_permutations_apart(model):
+    """The paper's Fig. 3: two orders that share their first tokens but not the cell to predict."""
+    first, second = torch.arange(16), torch.arange(16)
+    second[4], second[5] = 5, 4
+    tokens = TOKENS[:1].repeat(2, 1)
+    logits = model(tokens, LABELS[:1].repeat(2), torch.stack([first, second]))
+    assert (logits[0, 4] - logits[1, 4]).abs().max() > 1e-2
+    assert torch.allclose(logits[0, :4], logits[1, :4], atol=1e-6)
+    with torch.no_grad():
+        model.target_aware_pos_embed.zero_()
+    logits = model(tokens, LABELS[:1].repeat(2), torch.stack([first, second]))
+    assert torch.allclose(logits[0, 4], logits[1, 4], atol=1e-6)
+
+
+def test_model_is_causal(model):
+    """Changing the token at slot i leaves the predictions up to slot i alone."""
+    before = model(TOKENS, LABELS, ORDERS)
+    changed = TOKENS.clone()
+    changed[torch.arange(3), ORDERS[:, 5]] += 1
+    after = model(changed % 32, LABELS, ORDERS)
+    assert torch.allclose(before[:, :6], after[:, :6], atol=1e-6)
+    assert ((before[:, 6:] - after[:, 6:]).abs().amax(-1) > 1e-5).all()
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+
+def test_cache_changes_nothing(model):
+    labels, uniforms = torch.arange(100) % 11, torch.rand(100, 16)
+    orders = sample_orders(100, 16, 0.5)
+    for scale in (0, 3.0):
+        fast, slow = (generate(model, labels, scale, 1.0, 0.9, uniforms=uniforms, orders=orders,
+                               cache=cache) for cache in (True, False))
+        assert (fast == slow).all(dim=1).float().mean() >= 0.99
+
+
+def test_generated_tokens_follow_the_model(model):
+    """Teacher-forced on its own sample, the model must cumulate to the uniforms that were used."""
+    uniforms = torch.rand(3, 16)
+    tokens = generate(model, LABELS, 0, 0, 1.0, uniforms=uniforms, orders=ORDERS)
+    cumulative = torch.softmax(model(tokens, LABELS, ORDERS), -1).cumsum(-1)    # (B, T, V)
+    drawn = tokens.gather(1, ORDERS)[..., None]
+    upper = cumulative.gather(-1, drawn)[..., 0]
+    lower = F.pad(cumulative, (1, 0)).gather(-1, drawn)[..., 0]
+    assert ((lower <= uniforms + 1e-5) & (uniforms <= upper + 1e-5)).all()
+
+
+def test_image_does_not_depend_on_its_batch(model):
+    uniforms = rar.image_uniforms(7, range(20), 16)
+    assert torch.equal(rar.image_uniforms(7, [13], 16)[0], uniforms[13])
+    assert not torch.equal(rar.image_uniforms(8, [13], 16)[0], uniforms[13])
+    labels = torch.arange(20) % 10
+    together = generate(model, labels, 2.0, 1.0, 1.0, uniforms=uniforms)
+    apart = torch.cat([generate(model, labels[i:i + 5], 2.0, 1.0, 1.0, uniforms=uniforms[i:i + 5])
+                       for i in range(0, 20, 5)])
+    assert torch.equal(together, apart)
+
+
+def test_known_tokens_stay(model):
+    known = torch.full((3, 16), -1)
+    known.scatter_(1, ORDERS[:, :6], TOKENS.gather(1, ORDERS[:, :6]))
+    uniforms = torch.rand(3, 16)
+    tokens = generate(model, LABELS, 2.0, 0, 1.0, uniforms=uniforms, orders=ORDERS, known=known)
+    assert (tokens == TOKENS)[known >= 0].all()
+    free = generate(model, LABELS, 2.0, 0, 1.0, uniforms=uniforms, orders=ORDERS)
+    assert not torch.equal(tokens, free)
+    with pytest.raises(ValueError, match="first"):
+        generate(model, LABELS, 0, 0, 1.0, orders=ORDERS.flip(1), known=known)
+
+
+def test_draw():
+    logits = torch.log(torch.tensor([[0.2, 0.0, 0.5, 0.3, 0.0]]))
+    draws = [rar.draw(logits, 1.0, torch.tensor([u])).item()
+             for u in (0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-24)]
+    assert draws == [0, 0, 2, 2, 3, 3]  # never a token of probability 0, at neither end
+    assert rar.draw(logits, 0, None).item() == 2
+    hot = rar.draw(logits.repeat(20_000, 1), 1.0, torch.rand(20_000))
+    assert (torch.bincount(hot, minlength=5) / 20_000).tolist() == pytest.approx(
+        [0.2, 0, 0.5, 0.3, 0], abs=0.02)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def test_draw_batch_is_a_function_of_seed_and_step():
+    config = dataclasses.replace(TINY, batch=8, label_dropout=0.5, seed=3)
+    rows = np.arange(20 * 17).reshape(20, 17).astype(np.uint16)
+    batch = rar.draw_batch(rows, config, 5, 0.5)
+    for again, first in zip(rar.draw_batch(rows, config, 5, 0.5), batch):
+        assert np.array_equal(again, first)
+    tokens, labels, orders, _ = batch
+    assert (tokens[:, 0] == tokens[:, 1] - 1).all() and tokens.shape == orders.shape == (8, 16)
+    assert 0 < (labels == 10).sum() < 8
+    # every pass visits every row once, in its own order, whatever the batch
+    visits = np.concatenate([rar.draw_batch(rows, config, step, 0)[0][:, 0] for step in range(5)])
+    assert len(set(visits[:20])) == len(set(visits[20:])) == 20
+    assert visits[:20].tolist() != visits[20:].tolist()
+
+
+def test_micro_batches_add_up_to_the_batch(model):
+    rows = np.concatenate([LABELS[:, None], TOKENS], axis=1).astype(np.uint16).repeat(4, axis=0)
+    weights = []
+    for micro_batch in (8, 3):
+        config = dataclasses.replace(TINY, batch=8, steps=10, warmup=0.0, micro_batch=micro_batch)
+        model = closed_form(RAR(TINY))
+        line = rar.train_step(model, rar.make_optimizer(model, config), config, rows, 0,
+                              torch.autocast("cpu", enabled=False))
+        weights.append(model.lm_head.weight.detach())
+        assert line["r"] == 1 and line["lr"] == config.lr
+    assert torch.allclose(*weights, atol=2e-6)
+
+
+def test_config_refuses_nonsense():
+    for wrong in ({"depth": 0}, {"heads": 5}, {"dropout": 1.0}, {"temperature": -1.0},
+                  {"lr": math.nan}, {"anneal": (0.8, 0.5)}, {"anneal": (0.0, 1.5)}):
+        with pytest.raises(tok.UserError, match="--"):
+            dataclasses.replace(PRESETS["tiny"], **wrong)
+
+
+# ---- Pictures and their tokens -------------------------------------------------------------------
+
+
+def shapes(count):
+    images = np.stack([tok.draw_shape(i) for i in range(count)])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def test_shapes():
+    images = shapes(40)
+    assert images.shape == (40, 3, 32, 32) and torch.equal(images, shapes(40))
+    ground = torch.tensor(tok.GROUND).view(3, 1, 1) / 255
+    ink = ((images - ground).abs().sum(1) > 0.3).float().mean(dim=(1, 2))
+    assert ink.min() > 0.03 and ink.max() < 0.7
+    assert (images[:, :, 0, 0] - ground[:, 0, 0]).abs().max() < 0.01    # nothing is cut off there
+    assert len(tok.SHAPES) == 10 and len({tok.draw_shape(i).tobytes() for i in range(40)}) == 40
+
+
+def test_patch_tokenizer(tmp_path):
+    images = shapes(400)
+    tokenizer = tok.PatchTokenizer.fit(images[:300], grid_size=8, codebook_size=64)
+    assert (tokenizer.image_size, tokenizer.grid_size, tokenizer.codebook_size) == (32, 8, 64)
+    tokens = tokenizer.encode(images[300:])
+    assert tokens.shape == (100, 64) and tokens.dtype == torch.int64
+    decoded = tokenizer.decode(tokens)
+    assert decoded.shape == images[300:].shape and 0 <= decoded.min() and decoded.max() <= 1
+    error = ((decoded - images[300:]) ** 2).mean()
+    pasted = F.fold(tokenizer.codebook[tokens].transpose(1, 2), 32, 4, stride=4)
+    assert error < 0.9 * ((pasted - images[300:]) ** 2).mean() and error < 0.006
+    # a token is its own patch, row by row: moving the picture by a patch moves the tokens
+    moved = tokenizer.encode(images[:5].roll(4, dims=-1))
+    assert torch.equal(moved.view(5, 8, 8), tokenizer.encode(images[:5]).view(5, 8, 8).roll(1, -1))
+    tok.write_tensors(tmp_path / "t.pt", tokenizer.state_dict())
+    again = tok.load(tmp_path / "t.pt")
+    assert torch.equal(again.encode(images), tokenizer.encode(images))
+    assert torch.equal(again.decode(tokens), decoded)
+
+
+def test_pixels_are_truncated():
+    images = torch.tensor([0.0, 0.999, 1.0, 1.7, -0.2, 0.5]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert tok.to_uint8(images)[0, 0, :, 0].tolist() == [0, 254, 255, 255, 0, 127]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with tok.replacing(path) as beside:
+            beside.write_text("half")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+TRAIN = ["train", "--steps", "6", "--save-every", "4", "--log-every", "1", "--batch", "16",
+         "--width", "32", "--depth", "1", "--mlp-width", "64", "--codebook-size", "32",
+         "--device", "cpu", "--dropout", "0.1"]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, and less built-in data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tok, "SHAPES_TRAIN", 100)
+    monkeypatch.setattr(tok, "SHAPES_HELD_OUT", 20)
+    return tmp_path
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def test_train_sample_eval(workplace, capsys):
+    assert rar.main(TRAIN) == 0
+    run = workplace / "runs" / "shapes-tiny"
+    assert "next: python rar.py sample\n" in capsys.readouterr().out
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "tokenizer.pt", "checkpoint.pt", "weights.pt", "log.jsonl",
+        "step-000004.png", "step-000006.png"}
+    with Image.open(run / "step-000006.png") as picture:
+        assert picture.size == (10 * 68 + 4, 5 * 68 + 4 + 22)
+    lines = log_of(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 6]
+    assert lines[0].keys() == {"step", "loss", "accuracy", "r", "lr", "gradient_norm"}
+    assert lines[-1].keys() == {"step", "final_order_bits", "final_order_accuracy",
+                                "random_order_bits", "random_order_accuracy"}
+    assert rar.main(TRAIN) == 0
+    assert "is finished: 6 updates" in capsys.readouterr().out
+
+    assert rar.main(["sample", "--count", "13", "--out", "a.png"]) == 0
+    assert rar.main(["sample", "--count", "13", "--out", "b.png", "--micro-batch", "13"]) == 0
+    assert rar.main(["sample", "--count", "13", "--out", "c.png", "--seed", "2"]) == 0
+    a, b, c = (Path(name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
+    assert rar.main(["sample", "--classes", "heart", "3", "--order", "spiral_in"]) == 0
+    assert rar.main(["sample", "--weights", "runs/shapes-tiny/weights.pt", "--scale", "0"]) == 0
+    assert (run / "samples-1.png").exists() and (run / "samples-2.png").exists()
+
+    capsys.readouterr()
+    assert rar.main(["eval", "--weights", str(run / "weights.pt"), "--data", "shapes"]) == 0
+    printed = capsys.readouterr().out
+    assert f"raster order: {lines[-1]['final_order_bits']:.3f} bits/token" in printed
+    assert f"random order: {lines[-1]['random_order_bits']:.3f} bits/token" in printed
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5])
+def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
+    assert rar.main([*TRAIN, "--run", "whole"]) == 0
+    step_of = rar.train_step
+
+    def interrupted(model, optimizer, config, rows, step, autocast):
+        if step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step_of(model, optimizer, config, rows, step, autocast)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rar, "train_step", interrupted)
+        assert rar.main([*TRAIN, "--run", "parts"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert log_of(Path("parts"))[-1]["step"] == stop_after
+    assert rar.main([*TRAIN, "--run", "parts"]) == 0
+    whole, parts = (tok.read_tensors(f"{run}/weights.pt") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert log_of(Path("whole")) == log_of(Path("parts"))
+    assert Path("whole/step-000006.png").read_bytes() == Path("parts/step-000006.png").read_bytes()
+
+
+def test_resume_after_a_kill(workplace, monkeypatch):
+    """Killed without warning after a checkpoint: what was logged since is made and logged again."""
+    assert rar.main([*TRAIN, "--run", "whole"]) == 0
+
+    step_of = rar.train_step
+
+    def killed(model, optimizer, config, rows, step, autocast):
+        if step == 5:
+            raise SystemError("as if killed")
+        return step_of(model, optimizer, config, rows, step, autocast)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rar, "train_step", killed)
+        with pytest.raises(SystemError):
+            rar.main([*TRAIN, "--run", "parts"])
+    assert log_of(Path("parts"))[-1]["step"] == 5
+    with open("parts/log.jsonl", "a") as log:
+        log.write('{"step": 5, "lo')
+    assert rar.main([*TRAIN, "--run", "parts"]) == 0
+    assert log_of(Path("whole")) == log_of(Path("parts"))
+
+
+def refused(arguments, capsys):
+    """Run a command that must fail: exit code 2, one line on stderr. Returns the line."""
+    capsys.readouterr()
+    assert rar.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["train", "--data", "nowhere"], "--data nowhere"),
+    (["train", "--model", "RAR-M"], "--model"),
+    (["train", "--order", "zigzag"], "--order zigzag"),
+    (["train", "--device", "tpu"], "--device"),
+    (["train", "--device", "mps" if torch.cuda.is_available() else "cuda"], "--device"),
+    (["train", "--device", "cpu", "--precision", "tf32"], "--precision tf32"),
+    (["train", "--steps", "0"], "--steps"),
+    (["train", "--steps", "many"], "--steps"),
+    (["train", "--batch", "-3"], "--batch"),
+    (["train", "--lr", "nan"], "--lr"),
+    (["train", "--seed", "-1"], "--seed"),
+    (["train", "--heads", "3"], "--heads 3"),
+    (["train", "--anneal", "0.9", "0.1"], "--anneal"),
+    (["train", "--widht", "64"], "--widht"),
+    (["train", "--run", "file/run"], "file/run"),
+    (["sample"], "python rar.py train"),
+    (["sample", "--weights", "missing.pt"], "missing.pt"),
+    (["sample", "--weights", "file"], "file"),
+    (["eval", "--weights", "file"], "file"),
+    (["eval", "--weights", "missing"], "missing"),
+    ([], "train"),
+    (["draw"], "draw"),
+])
+def test_mistakes(workplace, capsys, arguments, named):
+    Path("file").write_text("not a checkpoint")
+    assert named in refused(arguments, capsys)
+    assert os.listdir(workplace) == ["file"]
+
+
+def test_mistakes_with_a_run(workplace, capsys):
+    assert rar.main([*TRAIN, "--run", "runs/a"]) == 0
+    run = Path("runs/a")
+    before = sorted(os.listdir(run))
+    for arguments, named in [
+            (["sample", "--count", "0"], "--count"),
+            (["sample", "--count", "1.5"], "--count"),
+            (["sample", "--temperature", "-1"], "--temperature"),
+            (["sample", "--scale", "inf"], "--scale"),
+            (["sample", "--classes", "10"], "--classes 10"),
+            (["sample", "--classes", "unicorn"], "unicorn"),
+            (["sample", "--order", "zigzag"], "--order zigzag"),
+            (["sample", "--seed", "-1"], "--seed"),
+            (["sample", "--out", "runs/a/weights.pt/x.png"], "--out"),
+            (["sample", "--out", "runs"], "--out"),
+            (["sample", "--out", "picture.gif"], "--out"),
+            (["sample", "--weights", "runs/a/tokenizer.pt"], "tokenizer.pt"),
+            (["eval", "--data", "nowhere"], "--data nowhere"),
+            ([*TRAIN, "--run", "runs/a", "--lr", "0.001"], "--lr")]:
+        assert named in refused(arguments, capsys)
+    assert sorted(os.listdir(run)) == before
+
+    weights = (run / "weights.pt").read_bytes()
+    flipped = bytearray(weights)
+    flipped[len(weights) // 2] ^= 1
+    for damaged in (weights[:1000], weights[:-100], flipped, b""):
+        (run / "weights.pt").write_bytes(damaged)
+        assert "weights.pt" in refused(["sample"], capsys)
+    state = tok.read_tensors(run / "checkpoint.pt")
+    state["model"]["lm_head.weight"] = torch.zeros(7, 7)
+    tok.write_tensors(run / "checkpoint.pt", state)
+    Path("runs/a/config.json").write_text(
+        Path("runs/a/config.json").read_text().replace('"steps": 6', '"steps": 7'))
+    arguments = [*TRAIN, "--run", "runs/a", "--steps", "7"]
+    assert "lm_head.weight is (7, 7)" in refused(arguments, capsys)
+    (run / "config.json").write_text("{")
+    assert "config.json" in refused(arguments, capsys)
+
+
+def test_code_in_a_checkpoint_is_not_run(workplace, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (Path("executed"),)
+
+    torch.save({"model": Hostile()}, "hostile.pt")
+    assert "hostile.pt" in refused(["sample", "--weights", "hostile.pt"], capsys)
+    assert not Path("executed").exists()
