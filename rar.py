@@ -40,7 +40,6 @@ from tokenizer import UserError, knob
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All that a run depends on. The defaults are the paper's for RAR-B (Tables 1, 4 and 6)."""
-
     # The data; what has no knob follows from it
     data: str = knob("shapes", "what to learn: shapes, which are drawn on the spot")
     num_classes: int = 1000
@@ -68,7 +67,7 @@ class Config:
     weight_decay: float = knob(0.03, "of weight matrices; not of embeddings, norms, biases", 0, 1)
     betas: tuple = knob((0.9, 0.96), "AdamW's averaging of gradients and their squares", 0, 0.9999)
     clip: float = knob(1.0, "the norm to which a larger gradient is shortened", 1e-6)
-    seed: int = knob(0, "of the initial weights and all randomness of training", 0, 2**63 - 1)
+    seed: int = knob(0, "of all randomness: weights, batches, orders, pictures", 0, 2**63 - 1)
     log_every: int = knob(100, "updates between two lines of the log", 1)
     save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
     # Sampling
@@ -99,7 +98,6 @@ PRESETS = {
 
 def randomness(step, start, end):
     """r, the probability that a sample is put in a random order (Section 3.2).
-
     r = 1 before start, then (end - step) / (end - start) until end, then 0. In the paper's steps:
     start 125,000 and end 187,500 of 250,000."""
     if step < start:
@@ -157,8 +155,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # 3 x (B, H, S, D/H)
         q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
-            cache[0, :, :, start:start + S] = k
-            cache[1, :, :, start:start + S] = v
+            cache[0, :, :, start:start + S], cache[1, :, :, start:start + S] = k, v
             k, v = cache[:, :, :, :start + S]                         # 2 x (B, H, start + S, D/H)
         # A slot sees itself and what came before; one slot behind cached ones sees all of them.
         x = F.scaled_dot_product_attention(
@@ -184,9 +181,8 @@ class Block(nn.Module):
 
 class RAR(nn.Module):
     """p(x | class) = prod_i p(x_o(i) | x_o(1), ..., x_o(i-1), class), for any order o of the cells.
-
-    Rows of `embeddings`: 0 .. V-1 are the tokens, V is an unused mask, V+1+c is class c, and
-    V+1+num_classes is "no class"."""
+    Rows of `embeddings`: 0 .. V-1 the tokens, V an unused mask, V+1+c class c, and
+    V+1+num_classes "no class"."""
 
     def __init__(self, config):
         super().__init__()
@@ -201,7 +197,6 @@ class RAR(nn.Module):
         self.adaln_before_head = nn.ModuleDict(
             {"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))})
         self.lm_head = nn.Linear(D, config.codebook_size)
-
         std = 0.02 * max(1.0, math.sqrt(768 / D))  # 0.02 at the paper's widths, too small below
         for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
             nn.init.trunc_normal_(table, std=std)
@@ -215,7 +210,6 @@ class RAR(nn.Module):
 
     def forward(self, tokens, labels, orders):
         """Teacher forcing: logits (B, T, V), of which [b, i] predicts tokens[b, orders[b, i]].
-
         tokens (B, T) in cell order; labels (B,) in 0 .. num_classes, the last meaning no class;
         orders (B, T), the cell that comes i-th."""
         prefix = tokens.gather(1, orders)[:, :-1]  # the last token predicts nothing
@@ -256,8 +250,8 @@ class RAR(nn.Module):
         return torch.empty(shape, dtype=dtype, device=device)
 
 def training_loss(model, tokens, labels, orders):
-    """-log p(x_o(i) | x_o(1), ..., x_o(i-1), class) in nats, and how often the likeliest token is
-    right: means over samples and slots. Arguments as in RAR.forward."""
+    """-log p(x_o(i) | x_o(1), ..., x_o(i-1), class) in nats, and whether the likeliest token is the
+    right one, averaged over samples and slots. Arguments as in RAR.forward."""
     logits = model(tokens, labels, orders)  # (B, T, V)
     targets = tokens.gather(1, orders)      # (B, T), in slot order as the logits are
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -271,9 +265,9 @@ def guidance_weight(step, steps, scale, power):
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
-    """A token from each row's softmax: logits (B, V), uniforms (B,) in [0, 1) -> (B,).
-    The first token whose cumulative probability exceeds the uniform. That is scaled by the total,
-    1 but for rounding, so that such a token exists and its probability is not 0."""
+    """Draw from softmaxes: logits (B, V), uniforms (B,) in [0, 1) -> (B,), the first token whose
+    cumulative probability exceeds the uniform. Scaled by the total, which is 1 but for
+    rounding, such a token always exists and never has probability 0."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)  # (B, V)
@@ -283,7 +277,6 @@ def draw(logits, temperature, uniforms):
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None,
              cache=True):
     """Tokens (B, T), in cell order, drawn one after the other.
-
     labels (B,); scale 0 turns guidance off. uniforms (B, T) decide the draws slot by slot; by
     default they are random. orders (B, T) or (T,): the cell that comes i-th; by default raster.
     known (B, T) holds given tokens or -1; given cells stand first in their order.
@@ -295,17 +288,15 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     given = known.gather(1, orders)                                 # (B, T), in slot order
     if ((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any():
         raise ValueError("the cells that `known` gives must stand first in `orders`")
-    branches = 2 if scale else 1  # with guidance, rows B .. 2B-1 are the same without their class
-    rows_labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    rows_labels, rows_orders = rows_labels[:branches * B], orders.repeat(branches, 1)
-    memory = model.empty_cache(branches * B) if cache else None
+    n = 2 if scale else 1  # with guidance every image is there twice, the second without its class
+    both_labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])[:n * B]
+    both_orders = orders.repeat(n, 1)                               # (nB, T)
+    memory = model.empty_cache(n * B) if cache else None
     drawn = torch.empty(B, 0, dtype=torch.long, device=device)      # (B, t), in slot order
     for t in range(T):
-        # Token t is predicted by slot t + 1, the only slot that is new, but for cls at first.
-        start = t + 1 if cache and t > 0 else 0
-        logits = model.run_slots(drawn.repeat(branches, 1), rows_labels, rows_orders, start, memory)
-        logits = logits[:, -1]                                      # (branches * B, V)
-        if scale:
+        start = t + 1 if cache and t > 0 else 0  # slot t + 1, which predicts token t, alone is new
+        logits = model.run_slots(drawn.repeat(n, 1), both_labels, both_orders, start, memory)[:, -1]
+        if scale:                                                   # (nB, V)
             conditional, unconditional = logits.chunk(2)
             weight = guidance_weight(t, T, scale, power)
             logits = unconditional + weight * (conditional - unconditional)
@@ -315,17 +306,16 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     return torch.empty_like(drawn).scatter_(1, orders, drawn)       # cell order again
 
 def image_uniforms(seed, numbers, length):
-    """The uniforms (B, T) of the images with these numbers: functions of (seed, number) alone, so
-    that image i is the same in whatever batch it is drawn."""
+    """Uniforms (B, T), a function of (seed, image number) alone: no batch can change image i."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
-def sample_images(model, tokenizer, labels, config, seed, autocast):
+def sample_images(model, tokenizer, labels, config, autocast):
     """Images (N, 3, H, W) of the classes `labels` (N,), by the sampling settings of config."""
     images, device = [], model.cls_token.device
     order = scan_order(config.order, config.grid_size).to(device)
     for part in tqdm(torch.arange(len(labels)).split(config.micro_batch), "sampling", leave=False):
-        uniforms = image_uniforms(seed, part.tolist(), len(order)).to(device)
+        uniforms = image_uniforms(config.seed, part.tolist(), len(order)).to(device)
         with autocast:
             tokens = generate(model, labels[part].to(device), config.scale, config.power,
                               config.temperature, uniforms=uniforms, orders=order)
@@ -350,11 +340,12 @@ def make_optimizer(model, config):
         plain = parameter.ndim < 2 or any(word in name for word in exempt)
         (others if plain else decayed).append(parameter)
     return torch.optim.AdamW([{"params": decayed, "weight_decay": config.weight_decay},
-                              {"params": others, "weight_decay": 0.0}], betas=config.betas)
+                              {"params": others, "weight_decay": 0.0}],
+                             betas=config.betas, fused=True)
 
 @lru_cache(maxsize=2)
 def shuffled(count, seed, epoch):
-    return np.random.default_rng((seed, epoch, 1)).permutation(count)
+    return np.random.default_rng((seed, epoch, 1)).permutation(count)  # 1: not the key of a step
 
 def draw_batch(rows, config, step, r):
     """What update `step` sees of rows (N, 1 + T): tokens, labels, orders, seeds of dropout (B,).
@@ -382,9 +373,9 @@ def train_step(model, optimizer, config, rows, step, autocast):
     device, means = model.cls_token.device, 0
     for part in torch.arange(config.batch).split(config.micro_batch):
         torch.manual_seed(int(seeds[part[0]]))  # of the dropout masks
+        inputs = (x[part].to(device) for x in (tokens, labels, orders))
         with autocast:
-            loss, accuracy = training_loss(
-                model, tokens[part].to(device), labels[part].to(device), orders[part].to(device))
+            loss, accuracy = training_loss(model, *inputs)
         share = len(part) / config.batch
         (loss * share).backward()
         means = means + share * torch.stack([loss.detach(), accuracy])
@@ -397,8 +388,7 @@ def train_step(model, optimizer, config, rows, step, autocast):
 
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
-    """Bits per token and accuracy over rows (N, 1 + T), without guidance: in the final order, and
-    in random orders, the same ones every time."""
+    """Bits per token and accuracy over rows (N, 1 + T), in the final order and in random orders."""
     device, result = model.cls_token.device, {}
     rows = torch.from_numpy(rows.astype(np.int64))
     order = scan_order(config.order, config.grid_size)
@@ -406,9 +396,9 @@ def evaluate(model, rows, config, autocast):
         orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
         sums = torch.zeros(2, device=device)
         for part in torch.arange(len(rows)).split(config.micro_batch):
-            batch = (x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders))
+            inputs = (x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders))
             with autocast:
-                sums += len(part) * torch.stack(training_loss(model, *batch))
+                sums += len(part) * torch.stack(training_loss(model, *inputs))
         nats, accuracy = (sums / len(rows)).tolist()
         result |= {f"{name}_bits": nats / math.log(2), f"{name}_accuracy": accuracy}
     return result
@@ -422,11 +412,9 @@ def train(config, run, device, autocast):
     data = tok.open_data(config, run.folder)
     labels = torch.arange(min(80, 5 * config.num_classes)) % config.num_classes  # of the previews
     for step in run.updates(first):  # ends early on Ctrl-C
-        line = train_step(model.train(), optimizer, config, data.train, step, autocast)
-        run.report(step, line)
+        run.report(step, train_step(model.train(), optimizer, config, data.train, step, autocast))
         if run.is_milestone(step):
-            model.eval()
-            images = sample_images(model, data.tokenizer, labels, config, config.seed, autocast)
+            images = sample_images(model.eval(), data.tokenizer, labels, config, autocast)
             tok.save_grid(run.preview(step), images, config.class_names)
             run.report_held_out(step, evaluate(model, data.held_out, config, autocast))
         if run.is_milestone(step) or run.stopped:
@@ -459,19 +447,16 @@ def sample_command(args, knobs, device, autocast):
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
     tokenizer = tok.load(folder / "tokenizer.pt")
     path = tok.picture_path(args.out, folder)
-    images = sample_images(model, tokenizer, labels, config, args.draw_seed, autocast)
+    images = sample_images(model, tokenizer, labels, config, autocast)
     names = config.class_names or range(config.num_classes)
     tok.save_grid(path, images, [names[c] for c in classes])
-    print(f"{path}: {count} pictures, seed {args.draw_seed}")
+    print(f"{path}: {count} pictures, seed {config.seed}")
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
     data = tok.open_data(config, folder)
     result = evaluate(model, data.held_out, config, autocast)
-    print(f"{len(data.held_out):,} held-out pictures of {config.data}, without guidance:")
-    for name, key in ((config.order, "final_order"), ("random", "random_order")):
-        print(f"{name} order: {result[key + '_bits']:.3f} bits/token, "
-              f"{result[key + '_accuracy']:.1%} of tokens right")
+    print(f"{len(data.held_out):,} pictures: {tok.held_out_text(config, result)}")
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
@@ -483,8 +468,7 @@ def main(argv=None):
                             ("order", "scale", "power", "temperature", "micro_batch"))
     sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
     sample.add_argument("--count", type=tok.whole_number(1), help="pictures [5 of each class]")
-    sample.add_argument("--seed", type=tok.whole_number(0), dest="draw_seed", default=1,
-                        help="picture i depends on the seed and i alone [1]")
+    sample.add_argument("--seed", type=int, default=1, help="other seed, other pictures [1]")
     sample.add_argument("--out", help="the PNG to write [a new one in the folder of the run]")
     evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
                                 Config, ("data", "order", "micro_batch"))

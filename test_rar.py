@@ -454,8 +454,8 @@ def test_train_sample_eval(workplace, capsys):
     capsys.readouterr()
     assert rar.main(["eval", "--weights", str(run / "weights.pt"), "--data", "shapes"]) == 0
     printed = capsys.readouterr().out
-    assert f"raster order: {lines[-1]['final_order_bits']:.3f} bits/token" in printed
-    assert f"random order: {lines[-1]['random_order_bits']:.3f} bits/token" in printed
+    assert f"{lines[-1]['final_order_bits']:.3f} bits/token in raster order" in printed
+    assert f"{lines[-1]['random_order_bits']:.3f} bits/token in random order" in printed
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5])

@@ -246,6 +246,12 @@ def picture_path(out, folder):
         raise UserError(f"--out {path}: there is no folder {path.parent} to write to")
     return path
 
+def held_out_text(config, result):
+    return "held-out " + ", ".join(
+        f"{result[key + '_bits']:.3f} bits/token in {name} order "
+        f"({result[key + '_accuracy']:.0%} of tokens right)"
+        for name, key in ((config.order, "final_order"), ("random", "random_order")))
+
 class Run:
     """The folder of a training run: config.json, tokenizer.pt, checkpoint.pt (all that is needed to
     go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
@@ -331,9 +337,8 @@ class Run:
 
     def report_held_out(self, step, result):
         self.log(step, result)
-        self.bar.write(f"step {step + 1}: held-out {result['final_order_bits']:.3f} bits/token in "
-                       f"{self.config.order} order, {result['random_order_bits']:.3f} in random "
-                       f"order; {self.preview(step)}")
+        text = held_out_text(self.config, result)
+        self.bar.write(f"step {step + 1}: {text}; {self.preview(step)}")
 
     def log(self, step, line):
         try:
@@ -357,7 +362,7 @@ class Run:
 SHAPES_SIZE = 32
 SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 1_000
 GROUND = (22, 25, 37)
-COLOURS = ((235, 87, 80), (245, 190, 65), (88, 196, 120), (86, 150, 245))
+COLOURS = ((240, 60, 70), (255, 220, 70), (20, 180, 110), (90, 110, 255))
 
 def _circle(radius=1.0, x=0.0, y=0.0):
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
@@ -392,17 +397,17 @@ SHAPES = {
 def draw_shape(index):
     """Picture number `index`, always the same: (32, 32, 3) uint8 of class index % 10."""
     random = np.random.default_rng(index)
-    fine = 4  # drawn four times as large and averaged down, for smooth edges
-    radius = random.uniform(7.5, 12.5) * fine
-    room = SHAPES_SIZE * fine / 2 - 1.1 * radius
-    centre = SHAPES_SIZE * fine / 2 + random.uniform(-room, room, size=2)
+    radius = random.uniform(7.5, 12.5)
+    room = SHAPES_SIZE / 2 - 1.1 * radius
+    centre = SHAPES_SIZE / 2 + random.uniform(-room, room, size=2)
     colour = COLOURS[random.integers(len(COLOURS))]
-    image = Image.new("RGB", (SHAPES_SIZE * fine, SHAPES_SIZE * fine), GROUND)
+    # Edges are not smoothed: their blends of colours would use up most of a small codebook.
+    image = Image.new("RGB", (SHAPES_SIZE, SHAPES_SIZE), GROUND)
     pen = ImageDraw.Draw(image)
     for points, hole in list(SHAPES.values())[index % len(SHAPES)]:
         corners = centre + radius * np.asarray(points)
         pen.polygon([tuple(corner) for corner in corners], fill=GROUND if hole else colour)
-    return np.asarray(image.reduce(fine))
+    return np.asarray(image)
 
 # ---- Pictures <-> tokens -------------------------------------------------------------------------
 
