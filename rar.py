@@ -1,23 +1,24 @@
 """RAR in one file: Randomized Autoregressive Visual Generation (arXiv 2411.00776).
 
-Train an ordinary causal transformer on image tokens, with one trick: with probability r a sample's
-tokens are put in a random order. r starts at 1 and is annealed to 0, so the model ends as a plain
-raster-order generator that has learned context from every side of a token on the way.
+A picture is a grid of tokens (tokenizer.py). Train an ordinary causal transformer on them, with one
+trick: with probability r a sample's tokens are put in a random order. r starts at 1 and is annealed
+to 0, so the model ends as a raster-order generator that has learned context from all sides.
 
     python rar.py train      a tiny RAR on built-in shapes, in minutes, without a GPU
     python rar.py sample     a new picture from the newest run
     python rar.py eval       held-out bits per token, in the final and in random order
 
-In a random order a token must be told which cell of the grid it is to predict. A second position
-embedding, the target-aware one, does that. Here is the sequence of a picture of 2x2 cells
-[[0, 1], [2, 3]] in the order o = [2, 0, 3, 1]:
+After the same tokens one order goes on here, another there, so the model must be told which cell is
+next. A second position embedding does that, the target-aware one. The sequence of a picture of 2x2
+cells [[0, 1], [2, 3]] in the order o = [2, 0, 3, 1]:
 
-    slot                 0          1          2          3          4
-    holds               cls       class       x_2        x_0        x_3
-    position row         0          1         2 + 2      2 + 0      2 + 3     where that is
-    target-aware row     -        2 + 2       2 + 0      2 + 3      2 + 1     where to look next
-    adaLN condition      class embedding + embedding of the slot (not of the cell)
-    predicts             -         x_2        x_0        x_3        x_1
+    slot                          0        1        2        3        4
+    holds                        cls     class     x_2      x_0      x_3     (cls is learned)
+    row of pos_embed              0        1       2 + 2    2 + 0    2 + 3   (2 + its cell)
+    row of target_aware_...       -       2 + 2    2 + 0    2 + 3    2 + 1   (2 + the next cell)
+    predicts                      -       x_2      x_0      x_3      x_1
+
+Besides, adaLN shifts, scales and gates each layer by the class and the slot (not by the cell).
 """
 
 import dataclasses
@@ -32,15 +33,15 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import tokenizer as tok
+import tokenizer as tok  # and all that is about files, flags and pictures
 from tokenizer import UserError, knob
 
 # ---- Configuration -------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run depends on. The defaults are the paper's for RAR-B (Tables 1, 4 and 6)."""
-    # The data; what has no knob follows from it
+    """All that a run depends on. The defaults are RAR-B's in the paper (Tables 1, 4 and 6)."""
+    # The data, from which num_classes and class_names follow
     data: str = knob("shapes", "what to learn: shapes, which are drawn on the spot")
     num_classes: int = 1000
     class_names: tuple = ()
@@ -53,7 +54,7 @@ class Config:
     mlp_width: int = knob(3072, "hidden channels of each block's MLP", 1)
     dropout: float = knob(0.1, "against overfitting in 400 epochs; a short run needs none", 0, 0.99)
     # The method
-    # r falls from 1 to 0 between these fractions: 0 0 is raster all along, 1 1 random to the end
+    # r falls from 1 to 0 between these fractions: 0 0 is never random, 1 1 always
     anneal: tuple = knob((0.5, 0.75), "fractions of training where r leaves 1, arrives at 0", 0, 1)
     order: str = knob("raster", "final scan order (Table 3); a wrong name lists the six")
     label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
@@ -64,14 +65,14 @@ class Config:
     lr: float = knob(4e-4, "AdamW's learning rate after the warm-up", 0, 1)
     min_lr: float = knob(1e-5, "learning rate at the end of its cosine", 0, 1)
     warmup: float = knob(0.25, "fraction of training in which the learning rate rises", 0, 1)
-    weight_decay: float = knob(0.03, "of weight matrices; not of embeddings, norms, biases", 0, 1)
+    weight_decay: float = knob(0.03, "of matrices, by the rule in make_optimizer", 0, 1)
     betas: tuple = knob((0.9, 0.96), "AdamW's averaging of gradients and their squares", 0, 0.9999)
     clip: float = knob(1.0, "the norm to which a larger gradient is shortened", 1e-6)
     seed: int = knob(0, "of all randomness: weights, batches, orders, pictures", 0, 2**63 - 1)
     log_every: int = knob(100, "updates between two lines of the log", 1)
     save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
     # Sampling
-    scale: float = knob(16.0, "guidance at the last token; 0 turns guidance off", 0)
+    scale: float = knob(16.0, "guidance at the end of a picture; 0 is no guidance", 0)
     power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout", 0)
     temperature: float = knob(1.0, "of the softmax; 0 takes the likeliest token", 0)
 
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start:start + S], cache[1, :, :, start:start + S] = k, v
             k, v = cache[:, :, :, :start + S]                         # 2 x (B, H, start + S, D/H)
-        # A slot sees itself and what came before; one slot behind cached ones sees all of them.
+        # A slot sees itself and those before it. After a cache comes one slot alone: it sees all.
         x = F.scaled_dot_product_attention(
             q, k, v, is_causal=start == 0, dropout_p=self.drop.p if self.training else 0.0)
         return self.drop(self.proj(x.transpose(1, 2).reshape(B, S, D)))
@@ -180,7 +181,7 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 class RAR(nn.Module):
-    """p(x | class) = prod_i p(x_o(i) | x_o(1), ..., x_o(i-1), class), for any order o of the cells.
+    """p(x | class) = prod_i p(x_o[i] | x_o[0], ..., x_o[i-1], class), for any order o of the cells.
     Rows of `embeddings`: 0 .. V-1 the tokens, V an unused mask, V+1+c class c, and
     V+1+num_classes "no class"."""
 
@@ -189,7 +190,7 @@ class RAR(nn.Module):
         D, T, self.config = config.width, config.grid_size**2, config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
-        # The released tables have 1024, 1024 and 100 rows that nothing uses
+        # the released tables are longer than any slot or cell asks for
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))
@@ -197,7 +198,7 @@ class RAR(nn.Module):
         self.adaln_before_head = nn.ModuleDict(
             {"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))})
         self.lm_head = nn.Linear(D, config.codebook_size)
-        std = 0.02 * max(1.0, math.sqrt(768 / D))  # 0.02 at the paper's widths, too small below
+        std = 0.02 * max(1.0, math.sqrt(768 / D))  # narrow models learn far too slowly with 0.02
         for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
             nn.init.trunc_normal_(table, std=std)
         for module in self.modules():
@@ -205,7 +206,7 @@ class RAR(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for module in [*self.blocks, self.adaln_before_head]:  # gates of 0: blocks do nothing yet
+        for module in [*self.blocks, self.adaln_before_head]:  # gates of 0: blocks add nothing yet
             nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     def forward(self, tokens, labels, orders):
@@ -216,27 +217,27 @@ class RAR(nn.Module):
         return self.run_slots(prefix, labels, orders)[:, 1:]
 
     def run_slots(self, prefix, labels, orders, start=0, cache=None):
-        """Logits (B, S, V) of the slots start.. of [cls, class, x_o(1), ..., x_o(n)]: slot s
-        predicts x_o(s), slot 0 nothing. prefix (B, n) holds those tokens, in slot order. cache (see
-        empty_cache) keeps keys and values, and with start > 0 has those of the slots before."""
+        """Logits (B, S, V) of slots start.. of [cls, class, x_o[0], ..., x_o[n-1]]. Slot i + 1
+        predicts x_o[i], cls nothing. prefix (B, n) holds these tokens, in slot order. cache (see
+        empty_cache) keeps keys and values; if start > 0, it has those of the slots before."""
         B, stop = len(prefix), prefix.shape[1] + 2
         class_id = self.config.codebook_size + 1 + labels                   # (B,)
         held = torch.cat([class_id[:, None], prefix], dim=1)                # (B, n + 1), slot 1..
-        # rows[:, s]: the position row of what slot s holds, 0 cls, 1 class, 2 + p cell p. A slot's
-        # target is what the next slot holds: its target-aware row is rows[:, s + 1].
-        rows = F.pad(1 + F.pad(1 + orders, (1, 0)), (1, 0))                 # (B, T + 2)
+        # place[:, s] is the place of what slot s holds: 0 cls, 1 class, 2 + p the token of cell p.
+        # What a slot has to predict is what the next one holds, so its target is place[:, s + 1].
+        place = torch.cat([torch.arange(2, device=orders.device).expand(B, 2), 2 + orders], dim=1)
         first = max(start, 1)
         x = self.embeddings(held[:, first - 1:])                            # (B, S, D) without cls
-        x = x + F.embedding(rows[:, first + 1:stop + 1], self.target_aware_pos_embed[0])
+        x = x + F.embedding(place[:, first + 1:stop + 1], self.target_aware_pos_embed[0])
         if start == 0:
             x = torch.cat([self.cls_token.expand(B, 1, -1), x], dim=1)      # cls has no target
-        x = x + F.embedding(rows[:, start:stop], self.pos_embed[0])         # (B, S, D)
-        # The condition knows the slot, how many tokens there are already, but not the cell.
+        x = x + F.embedding(place[:, start:stop], self.pos_embed[0])        # (B, S, D)
+        # Trap: timesteps count slots, 0 for cls; they are not cells.
         condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
         for i, block in enumerate(self.blocks):
             x = block(x, condition, start, None if cache is None else cache[i])
         # Trap: here scale comes before shift.
-        scale, shift = self.adaln_before_head["adaLN_modulation"](condition).chunk(2, -1)
+        scale, shift = self.adaln_before_head.adaLN_modulation(condition).chunk(2, -1)
         x = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
         with torch.autocast(x.device.type, enabled=False):  # guidance would amplify rounding
             return self.lm_head(x.float())                                  # (B, S, V)
@@ -250,7 +251,7 @@ class RAR(nn.Module):
         return torch.empty(shape, dtype=dtype, device=device)
 
 def training_loss(model, tokens, labels, orders):
-    """-log p(x_o(i) | x_o(1), ..., x_o(i-1), class) in nats, and whether the likeliest token is the
+    """-log p(x_o[i] | x_o[0], ..., x_o[i-1], class) in nats, and whether the likeliest token is the
     right one, averaged over samples and slots. Arguments as in RAR.forward."""
     logits = model(tokens, labels, orders)  # (B, T, V)
     targets = tokens.gather(1, orders)      # (B, T), in slot order as the logits are
@@ -261,13 +262,13 @@ def training_loss(model, tokens, labels, orders):
 
 def guidance_weight(step, steps, scale, power):
     """g(t) = 1 + (scale - 1) (1 - cos(pi (t / T)^power)) / 2 at token t = step of T = steps.
-    1, no guidance, while the picture is open, towards `scale` at its end. Power 0: always scale."""
+    From 1, which is none, at the first token to nearly scale at the last; power 0: always scale."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
     """Draw from softmaxes: logits (B, V), uniforms (B,) in [0, 1) -> (B,), the first token whose
-    cumulative probability exceeds the uniform. Scaled by the total, which is 1 but for
-    rounding, such a token always exists and never has probability 0."""
+    cumulative probability exceeds the uniform. That is scaled by the total, 1 but for rounding, so
+    that there always is such a token and its probability is not 0."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)  # (B, V)
@@ -280,7 +281,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     labels (B,); scale 0 turns guidance off. uniforms (B, T) decide the draws slot by slot; by
     default they are random. orders (B, T) or (T,): the cell that comes i-th; by default raster.
     known (B, T) holds given tokens or -1; given cells stand first in their order.
-    cache=False runs all slots again for every token: slow, but what the fast path must equal."""
+    cache=False runs all slots again for every token: slow, obvious, the test of the cache."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
@@ -345,14 +346,14 @@ def make_optimizer(model, config):
 
 @lru_cache(maxsize=2)
 def shuffled(count, seed, epoch):
-    return np.random.default_rng((seed, epoch, 1)).permutation(count)  # 1: not the key of a step
+    return np.random.default_rng((seed, epoch, 1)).permutation(count)  # no step's key
 
 def draw_batch(rows, config, step, r):
     """What update `step` sees of rows (N, 1 + T): tokens, labels, orders, seeds of dropout (B,).
 
     The one rule of randomness: everything random about an update is a function of (seed, step, row
-    of the global batch). No generator has a state that outlives the update, hence a run resumes
-    exactly, and processes that share the rows of a batch make the same update as one."""
+    of the global batch); dropout masks, of the first row that they are drawn for. No generator's
+    state outlives the update: a run resumes exactly, and processes can share a batch's rows."""
     epochs, index = np.divmod(step * config.batch + np.arange(config.batch), len(rows))
     for epoch in np.unique(epochs):  # every pass over the rows has its own permutation
         now = epochs == epoch
@@ -366,7 +367,7 @@ def draw_batch(rows, config, step, r):
     return batch[:, 1:], labels, orders, rng.integers(2**63, size=config.batch)
 
 def train_step(model, optimizer, config, rows, step, autocast):
-    """One update. Returns its line of the log, in tensors, so that nothing waits for the device."""
+    """One update. Returns what the log says of it; nothing here waits for the device."""
     r = randomness(step, config.anneal[0] * config.steps, config.anneal[1] * config.steps)
     lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
     tokens, labels, orders, seeds = draw_batch(rows, config, step, r)
@@ -409,14 +410,14 @@ def train(config, run, device, autocast):
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
     first = run.load(model, optimizer)
-    data = tok.open_data(config, run.folder)
+    data = tok.open_data(config, run.folder, fit=first == 0)
     labels = torch.arange(min(80, 5 * config.num_classes)) % config.num_classes  # of the previews
     for step in run.updates(first):  # ends early on Ctrl-C
         run.report(step, train_step(model.train(), optimizer, config, data.train, step, autocast))
         if run.is_milestone(step):
-            images = sample_images(model.eval(), data.tokenizer, labels, config, autocast)
+            run.report_held_out(step, evaluate(model.eval(), data.held_out, config, autocast))
+            images = sample_images(model, data.tokenizer, labels, config, autocast)
             tok.save_grid(run.preview(step), images, config.class_names)
-            run.report_held_out(step, evaluate(model, data.held_out, config, autocast))
         if run.is_milestone(step) or run.stopped:
             run.save(step, model, optimizer)
     run.say_what_next()
@@ -435,7 +436,6 @@ def load_model(path, knobs, device):
     path = tok.find_weights(path)
     state, sizes = tok.read_weights(path)
     config = dataclasses.replace(tok.read_config(path.parent, Config), **sizes, **knobs)
-    scan_order(config.order, config.grid_size)
     model = RAR(config)
     tok.load_strictly(model, state, path)
     return model.to(device).eval(), config, path.parent
@@ -465,10 +465,10 @@ def main(argv=None):
     train.add_argument("--model", choices=PRESETS, default="tiny", help="preset of all flags")
     train.add_argument("--run", help="folder to train in, or to go on in [runs/DATA-MODEL]")
     sample = parser.command("sample", sample_command, "draw pictures", Config,
-                            ("order", "scale", "power", "temperature", "micro_batch"))
+                            ("order", "scale", "power", "temperature", "micro_batch", "seed"))
+    sample.set_defaults(seed=1)  # 0 would draw the previews again
     sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
     sample.add_argument("--count", type=tok.whole_number(1), help="pictures [5 of each class]")
-    sample.add_argument("--seed", type=int, default=1, help="other seed, other pictures [1]")
     sample.add_argument("--out", help="the PNG to write [a new one in the folder of the run]")
     evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
                                 Config, ("data", "order", "micro_batch"))

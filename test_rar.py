@@ -527,6 +527,8 @@ def refused(arguments, capsys):
     (["train", "--anneal", "0.9", "0.1"], "--anneal"),
     (["train", "--widht", "64"], "--widht"),
     (["train", "--run", "file/run"], "file/run"),
+    (["train", "--grid-size", "5"], "--grid-size 5"),
+    (["train", "--codebook-size", "60000"], "--codebook-size 60000"),
     (["sample"], "python rar.py train"),
     (["sample", "--weights", "missing.pt"], "missing.pt"),
     (["sample", "--weights", "file"], "file"),
@@ -569,6 +571,13 @@ def test_mistakes_with_a_run(workplace, capsys):
     for damaged in (weights[:1000], weights[:-100], flipped, b""):
         (run / "weights.pt").write_bytes(damaged)
         assert "weights.pt" in refused(["sample"], capsys)
+    tokenizer = (run / "tokenizer.pt").read_bytes()
+    (run / "weights.pt").write_bytes(weights)
+    (run / "tokenizer.pt").unlink()
+    assert "tokenizer.pt" in refused(["sample"], capsys)
+    assert "tokenizer.pt" in refused(["eval"], capsys)
+    (run / "tokenizer.pt").write_bytes(tokenizer[:500])
+    assert "tokenizer.pt" in refused(["sample"], capsys)
     state = tok.read_tensors(run / "checkpoint.pt")
     state["model"]["lm_head.weight"] = torch.zeros(7, 7)
     tok.write_tensors(run / "checkpoint.pt", state)

@@ -256,22 +256,24 @@ class Run:
     """The folder of a training run: config.json, tokenizer.pt, checkpoint.pt (all that is needed to
     go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
 
+    # What may change while a run goes on, since no weight follows from it but by rounding.
+    free = ("micro_batch", "log_every", "save_every", "scale", "power", "temperature")
+
     def __init__(self, folder, config):
         self.folder, self.config, self.stopped = Path(folder), config, False
-        if (self.folder / "config.json").exists():
-            saved = read_config(self.folder, type(config))
-            for field in dataclasses.fields(config):
-                old, new = getattr(saved, field.name), getattr(config, field.name)
-                if old != new:
-                    raise UserError(f"{folder} holds a run with {flag(field)} {old}, not {new}: "
-                                    "name another folder with --run")
-        write_json(self.folder / "config.json", dataclasses.asdict(config))
 
     def load(self, model, optimizer):
-        """Copy the checkpoint, if there is one, into both. Returns the updates that were made."""
+        """Copy the checkpoint, if there is one, into both. Returns the updates that were made.
+        Raises UserError if the checkpoint is that of another config."""
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return 0
+        saved = read_config(self.folder, type(self.config))
+        for field in dataclasses.fields(saved):
+            old, new = getattr(saved, field.name), getattr(self.config, field.name)
+            if old != new and field.name not in self.free:
+                raise UserError(f"{self.folder} holds a run with {flag(field)} {old}, not {new}: "
+                                "name another folder with --run")
         state = read_tensors(path)
         if state.keys() != {"updates", "model", "optimizer"}:
             raise UserError(f"{path} is not the checkpoint of a run")
@@ -288,6 +290,7 @@ class Run:
     def updates(self, first):
         """Yield the updates first .. steps - 1 under a progress bar. On Ctrl-C or SIGTERM, the one
         in hand is the last: `stopped` is set, to be saved before the next is asked for."""
+        write_json(self.folder / "config.json", dataclasses.asdict(self.config))
         # what was logged after the checkpoint is made again
         self.log_path, kept = self.folder / "log.jsonl", []
         if self.log_path.exists():
@@ -337,8 +340,7 @@ class Run:
 
     def report_held_out(self, step, result):
         self.log(step, result)
-        text = held_out_text(self.config, result)
-        self.bar.write(f"step {step + 1}: {text}; {self.preview(step)}")
+        self.bar.write(f"step {step + 1}: {held_out_text(self.config, result)}")
 
     def log(self, step, line):
         try:
@@ -534,19 +536,19 @@ def class_numbers(texts, config):
             raise UserError(f"--classes {text}: there are 0 to {config.num_classes - 1}{there}")
     return [names[text] for text in texts]
 
-def open_data(config, folder):
-    """The data set config.data as tokens, by the tokenizer.pt in the folder, which is fitted and
-    put there if there is none yet."""
+def open_data(config, folder, fit=False):
+    """The data set config.data as tokens, by the tokenizer.pt in the folder. With `fit`, that is
+    fitted to the data and put there first."""
     class_names(config.data)
     path, count = Path(folder) / "tokenizer.pt", SHAPES_TRAIN + SHAPES_HELD_OUT
     images = np.stack([draw_shape(i) for i in tqdm(range(count), "drawing shapes", leave=False)])
     images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255  # (N, 3, 32, 32)
-    if path.exists():
-        tokenizer = load(path)
-    else:
+    if fit:
         tokenizer = PatchTokenizer.fit(
             images[:SHAPES_TRAIN], config.grid_size, config.codebook_size)
         write_tensors(path, tokenizer.state_dict())
+    else:
+        tokenizer = load(path)
     if (tokenizer.grid_size, tokenizer.codebook_size) != (config.grid_size, config.codebook_size):
         raise UserError(f"{path} makes {tokenizer.grid_size} x {tokenizer.grid_size} tokens of "
                         f"{tokenizer.codebook_size}, the model {config.grid_size} x "
