@@ -507,8 +507,10 @@ def refused(arguments, capsys):
     capsys.readouterr()
     assert rar.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    assert error.count("\n") == 1 and error.endswith("\n"), error
+    line = error.split("\r")[-1]  # after a progress bar that wiped itself away
+    assert line.startswith("error: "), error
+    return line
 
 
 @pytest.mark.parametrize("arguments, named", [

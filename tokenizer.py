@@ -64,8 +64,9 @@ class Parser(argparse.ArgumentParser):
     def command(self, name, function, about, config, knobs=None):
         """Add a command with flags for the named knobs of a dataclass, or for all of them."""
         if self.commands is None:
-            self.commands = self.add_subparsers(dest="command", required=True, metavar="COMMAND")
+            self.commands = self.add_subparsers(required=True)
         command = self.commands.add_parser(name, help=about, description=about)
+        self.commands.metavar = " | ".join(self.commands.choices)
         for field in knobs_of(config):
             if knobs is None or field.name in knobs:
                 several = isinstance(field.default, tuple)
@@ -234,16 +235,20 @@ def read_config(folder, kind):
     except (TypeError, UserError) as error:
         raise UserError(f"{path} is not the config of a run: {error}") from error
 
+def check_folder(folder, given):
+    """Raise UserError, before the work rather than after it, if no file can be put in `folder`."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{given}: {there} is not a folder that can be written to")
+
 def picture_path(out, folder):
-    """The PNG file that --out names, or a new one in the folder. Raises UserError if it can't be
-    written, before the work rather than after it."""
+    """The PNG file that --out names, or a new one in the folder."""
     numbers = range(1, sys.maxsize)
     new = next(p for p in (Path(folder) / f"samples-{n}.png" for n in numbers) if not p.exists())
     path = Path(out) if out else new
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UserError(f"--out {path}: name a file that ends in .png")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {path}: there is no folder {path.parent} to write to")
+    check_folder(path.parent, f"--out {path}")
     return path
 
 def held_out_text(config, result):
@@ -261,6 +266,7 @@ class Run:
 
     def __init__(self, folder, config):
         self.folder, self.config, self.stopped = Path(folder), config, False
+        check_folder(self.folder, f"--run {folder}")
 
     def load(self, model, optimizer):
         """Copy the checkpoint, if there is one, into both. Returns the updates that were made.
@@ -362,7 +368,7 @@ class Run:
 # ---- Built-in data: shapes -----------------------------------------------------------------------
 
 SHAPES_SIZE = 32
-SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 1_000
+SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 500
 GROUND = (22, 25, 37)
 COLOURS = ((240, 60, 70), (255, 220, 70), (20, 180, 110), (90, 110, 255))
 
