@@ -87,7 +87,7 @@ PRESETS = {
     "tiny": Config(  # for the built-in shapes: two minutes on two cores
         width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, grid_size=8, codebook_size=192,
         num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3, warmup=0.05,
-        log_every=20, save_every=500, scale=1.75, power=0.0, temperature=0.75),
+        log_every=20, save_every=500, scale=1.5, power=0.0, temperature=0.75),
     "RAR-S": Config(depth=12),  # has no published sampling settings and takes those of B
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
