@@ -42,9 +42,12 @@ from tokenizer import UserError, knob
 class Config:
     """All that a run depends on. The defaults are RAR-B's in the paper (Tables 1, 4 and 6)."""
     # The data, from which num_classes and class_names follow
-    data: str = knob("shapes", "what to learn: shapes, which are drawn on the spot")
+    data: str = knob("shapes", "shapes, drawn on the spot; a folder of class folders; or a .jsonl")
     num_classes: int = 1000
     class_names: tuple = ()
+    image_size: int = knob(256, "pixels a side", 1)
+    crops: str = knob("ten", "of a photograph: ten, flip or center")
+    tokenizer: str = knob("patch", "patch, which is fitted to the data, or a tokenizer's file")
     grid_size: int = knob(16, "cells a side: a picture is T = grid_size^2 tokens", 1, 64)
     codebook_size: int = knob(1024, "V, the number of different tokens", 1, 65536)
     # The network
@@ -53,6 +56,7 @@ class Config:
     heads: int = knob(16, "attention heads, which share the width", 1)
     mlp_width: int = knob(3072, "hidden channels of each block's MLP", 1)
     dropout: float = knob(0.1, "against overfitting in 400 epochs; a short run needs none", 0, 0.99)
+    init: str = knob("", "weights file to start from in place of random weights")
     # The method
     # r falls from 1 to 0 between these fractions: 0 0 is never random, 1 1 always
     anneal: tuple = knob((0.5, 0.75), "fractions of training where r leaves 1, arrives at 0", 0, 1)
@@ -85,9 +89,12 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # for the built-in shapes: two minutes on two cores
-        width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, grid_size=8, codebook_size=192,
-        num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3, warmup=0.05,
-        log_every=20, save_every=500, scale=1.5, power=0.0, temperature=0.75),
+        width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
+        codebook_size=192, num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3,
+        warmup=0.05, log_every=20, save_every=500, scale=1.5, power=0.0, temperature=0.75),
+    "small": Config(  # for photographs without a GPU
+        width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=1000,
+        batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
     "RAR-S": Config(depth=12),  # has no published sampling settings and takes those of B
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
@@ -320,7 +327,7 @@ def sample_images(model, tokenizer, labels, config, autocast):
         with autocast:
             tokens = generate(model, labels[part].to(device), config.scale, config.power,
                               config.temperature, uniforms=uniforms, orders=order)
-        images.append(tokenizer.decode(tokens.cpu()))
+        images.append(tokenizer.decode(tokens).cpu())
     return torch.cat(images)
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -410,14 +417,16 @@ def train(config, run, device, autocast):
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
     first = run.load(model, optimizer)
-    data = tok.open_data(config, run.folder, fit=first == 0)
-    labels = torch.arange(min(80, 5 * config.num_classes)) % config.num_classes  # of the previews
+    if config.init and first == 0:
+        tok.init_weights(model, config.init)
+    data = tok.open_data(config, run.folder, device, fit=first == 0)
+    labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
     for step in run.updates(first):  # ends early on Ctrl-C
         run.report(step, train_step(model.train(), optimizer, config, data.train, step, autocast))
         if run.is_milestone(step):
             run.report_held_out(step, evaluate(model.eval(), data.held_out, config, autocast))
             images = sample_images(model, data.tokenizer, labels, config, autocast)
-            tok.save_grid(run.preview(step), images, config.class_names)
+            tok.save_grid(run.preview(step), torch.cat([data.examples, images]), config.class_names)
         if run.is_milestone(step) or run.stopped:
             run.save(step, model, optimizer)
     run.say_what_next()
@@ -425,11 +434,15 @@ def train(config, run, device, autocast):
 # ---- Command line --------------------------------------------------------------------------------
 
 def train_command(args, knobs, device, autocast):
-    preset = PRESETS[args.model]
-    names = tok.class_names(knobs.get("data", preset.data))
-    config = dataclasses.replace(preset, num_classes=len(names), class_names=names, **knobs)
+    names, model, recipe, why = tok.recipe(knobs.get("data", "shapes"))
+    model = args.model or model
+    config = dataclasses.replace(
+        PRESETS[model], num_classes=len(names), class_names=names, **(recipe | knobs))
+    print(f"{config.data}: {why}: {model}, {config.image_size} pixels, tokenizer "
+          f"{config.tokenizer}, crops {config.crops}")
     scan_order(config.order, config.grid_size)  # refuses a wrong name before anything is written
-    train(config, tok.Run(args.run or f"runs/{config.data}-{args.model}", config), device, autocast)
+    folder = args.run or f"runs/{tok.title(config.data)}-{model}"
+    train(config, tok.Run(folder, config), device, autocast)
 
 def load_model(path, knobs, device):
     """The model of a weights file or run (None: the newest run), its config, and its folder."""
@@ -443,9 +456,9 @@ def load_model(path, knobs, device):
 def sample_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
     classes = tok.class_numbers(args.classes, config)
-    count = args.count or min(80, 5 * len(classes))
+    count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
-    tokenizer = tok.load(folder / "tokenizer.pt")
+    tokenizer = tok.load(folder / "tokenizer.pt").to(device)
     path = tok.picture_path(args.out, folder)
     images = sample_images(model, tokenizer, labels, config, autocast)
     names = config.class_names or range(config.num_classes)
@@ -454,7 +467,7 @@ def sample_command(args, knobs, device, autocast):
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
-    data = tok.open_data(config, folder)
+    data = tok.open_data(config, folder, device)
     result = evaluate(model, data.held_out, config, autocast)
     print(f"{len(data.held_out):,} pictures: {tok.held_out_text(config, result)}")
 
@@ -462,7 +475,7 @@ def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
     train = parser.command("train", train_command, "train a model on pictures", Config)
-    train.add_argument("--model", choices=PRESETS, default="tiny", help="preset of all flags")
+    train.add_argument("--model", choices=PRESETS, help="preset of all flags [by the data]")
     train.add_argument("--run", help="folder to train in, or to go on in [runs/DATA-MODEL]")
     sample = parser.command("sample", sample_command, "draw pictures", Config,
                             ("order", "scale", "power", "temperature", "micro_batch", "seed"))

@@ -6,6 +6,7 @@ full as well.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -39,12 +40,14 @@ RASTER = torch.arange(16).expand(3, 16)
 
 def closed_form(model):
     """Fill the model with weights that depend on nothing but names, shapes and a sine."""
-    state = model.state_dict()
+    state, is_tokenizer = model.state_dict(), isinstance(model, tok.MaskGITVQGAN)
     for k, name in enumerate(sorted(state)):
         shape, count = state[name].shape, state[name].numel()
         v = np.sin(np.arange(count) * 12.9898 + k * 78.233) * 43758.5453
         v = 2 * (v - np.floor(v)) - 1
-        if len(shape) >= 2:
+        if len(shape) >= 2 and is_tokenizer:
+            v *= 1 if "embedding" in name else 1.4 * np.sqrt(3 * shape[0] / count)
+        elif len(shape) >= 2:
             v *= 0.5 if "embed" in name or "cls_token" in name else np.sqrt(3 * shape[0] / count)
         else:
             v = 1 + 0.1 * v if name.endswith("weight") else 0.1 * v
@@ -502,12 +505,14 @@ def test_resume_after_a_kill(workplace, monkeypatch):
     assert log_of(Path("whole")) == log_of(Path("parts"))
 
 
-def refused(arguments, capsys):
-    """Run a command that must fail: exit code 2, one line on stderr. Returns the line."""
+def refused(arguments, capsys, last_line=False):
+    """Run a command that must fail: exit code 2, one line on stderr, or one at its end. Returns it."""
     capsys.readouterr()
     assert rar.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.endswith("\n"), error
+    assert error.endswith("\n"), error
+    error = error.splitlines(keepends=True)[-1] if last_line else error
+    assert error.count("\n") == 1, error
     line = error.split("\r")[-1]  # after a progress bar that wiped itself away
     assert line.startswith("error: "), error
     return line
@@ -599,3 +604,250 @@ def test_code_in_a_checkpoint_is_not_run(workplace, capsys):
     torch.save({"model": Hostile()}, "hostile.pt")
     assert "hostile.pt" in refused(["sample", "--weights", "hostile.pt"], capsys)
     assert not Path("executed").exists()
+
+
+# ---- Photographs ---------------------------------------------------------------------------------
+
+
+def paint(path, size=(70, 80), mode="RGB", seed=0, **options):
+    """A picture file of smooth colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    Image.fromarray(coarse).resize(size, Image.BICUBIC).convert(mode).save(path, **options)
+
+
+@pytest.fixture
+def photographs(workplace):
+    """Two classes of 20 pictures, and SMALL: flags to train on them in seconds."""
+    for i in range(40):
+        paint(workplace / "photos" / ("cats", "dogs")[i % 2] / f"{i:02}.png", seed=i)
+    return workplace / "photos"
+
+
+SMALL = ["train", "--data", "photos", "--grid-size", "8", "--codebook-size", "64", "--width", "32",
+         "--depth", "1", "--heads", "2", "--mlp-width", "64", "--steps", "4", "--save-every", "2",
+         "--log-every", "1", "--device", "cpu"]
+
+
+def test_center_crop_and_ten_crop():
+    x, y = np.meshgrid(np.arange(120), np.arange(90))
+    picture = Image.fromarray(np.stack([x * 2, y * 2, x + y], -1).astype(np.uint8))
+    assert np.array_equal(tok.center_crop(picture, 90), np.asarray(picture)[:, 15:105])
+    whole, crops = tok.center_crop(picture, 88), tok.ten_crop(picture, 80)
+    assert crops.shape == (10, 80, 80, 3)
+    for crop, (top, left) in zip(crops, [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]):
+        assert np.array_equal(crop, whole[top:top + 80, left:left + 80])
+    for crop, (top, left) in zip(crops[5:], [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]):
+        assert np.array_equal(crop, whole[:, ::-1][top:top + 80, left:left + 80])
+    assert tok.center_crop(picture, 20).shape == (20, 20, 3)
+
+
+@needs_golden
+def test_crops_are_the_authors():
+    def sha(pixels):
+        return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+    for name, expected in json.loads((GOLDEN / "crops.json").read_text()).items():
+        picture = Image.open(GOLDEN.parent / "data/imagenet/train" / name.split()[0])
+        if "tiled 3x2" in name:
+            tiles = np.tile(np.asarray(picture.convert("RGB")), (expected["size"][1] //
+                            picture.height, expected["size"][0] // picture.width, 1))
+            picture = Image.fromarray(tiles)
+        assert list(picture.size) == expected["size"]
+        assert sha(tok.center_crop(picture, 256)) == expected["center256_sha256"]
+        assert [sha(crop) for crop in tok.ten_crop(picture, 256)] == expected["tencrop_sha256"]
+
+
+def test_shortcut_of_the_published_tokenizer_skips_the_input():
+    block = tok.ResidualBlock(32, 64)
+    x = torch.randn(1, 32, 4, 4)
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+    assert (block(x) == 0).all()
+
+
+def test_published_tokenizer(tmp_path):
+    with torch.device("meta"):
+        tokenizer = tok.MaskGITVQGAN()
+    assert sum(p.numel() for p in tokenizer.parameters()) == 54_515_587
+    if GOLDEN.exists():
+        shapes = {name: list(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
+        assert shapes == json.loads((GOLDEN / "tokenizer_keys.json").read_text())
+
+
+@needs_golden
+def test_published_tokenizer_on_photographs(tmp_path):
+    tokenizer = closed_form(tok.MaskGITVQGAN())
+    tok.write_tensors(tmp_path / "released.bin", tokenizer.state_dict())
+    tokenizer = tok.load(tmp_path / "released.bin")
+    golden = np.load(GOLDEN / "tokenizer.npz")
+    images = tok.to_float(golden["images"])
+    with torch.no_grad():
+        output = tokenizer.encoder(images)
+        assert output.std().item() == pytest.approx(float(golden["encoder_output_std"]), rel=1e-5)
+        assert np.allclose(output[0, :8], golden["encoder_output_0"], rtol=1e-4, atol=1e-4)
+        codes = torch.from_numpy(golden["codes"]).long()
+        assert torch.equal(tokenizer.encode(images), codes)
+        cells = tokenizer.quantize.embedding(codes[:1]).transpose(1, 2).unflatten(2, (16, 16))
+        decoded = tokenizer.decoder(cells).numpy()
+    assert np.abs(decoded - golden["decoded_unclamped"][:1]).max() < 2.5e-3
+
+
+def test_pictures_in_the_wild(tmp_path, monkeypatch):
+    folder = tmp_path / "wild"
+    for name, mode, options in [("cmyk.jpg", "CMYK", {}), ("grey.png", "L", {}),
+                                ("palette.png", "P", {}), ("clear.png", "RGBA", {}),
+                                ("tiff.tif", "RGB", {}), ("web.webp", "RGB", {})]:
+        paint(folder / name, mode=mode, **options)
+    deep = np.linspace(0, 65535, 70 * 80).reshape(80, 70).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png")
+    frames = [Image.new("RGB", (70, 80), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, which the authors' code does not do either
+    paint(folder / "turned.jpg", exif=exif)
+    paint(folder / "pixel.png", size=(1, 1))
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a picture")
+    paint(folder / "thread.png", size=(1, 9000))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    paint(folder / "bomb.png", size=(120, 120))
+    os.mkfifo(folder / "pipe.png")
+    (folder / "loop").symlink_to(folder)
+    (folder / "notes.md").write_text("not read at all")
+
+    files = tok.pictures_in(folder)
+    read = dict(zip((file.name for file in files), tok.read_pictures(files, "center", 64)))
+    refused = {"zero.jpg", "text.jpg", "bomb.png", "pipe.png", "thread.png"}
+    assert {name for name, item in read.items() if isinstance(item, str)} == refused
+    assert set(read) - refused == {
+        "cmyk.jpg", "grey.png", "palette.png", "clear.png", "tiff.tif", "web.webp", "deep.png",
+        "moving.gif", "turned.jpg", "pixel.png"}
+    assert all(read[name].shape == (1, 64, 64, 3) for name in set(read) - refused)
+    assert read["moving.gif"][0, 0, 0].tolist() == [255, 0, 0]
+    assert 100 < read["deep.png"].mean() < 155 and read["deep.png"].max() > 230
+
+
+def test_train_on_photographs(photographs, capsys):
+    assert rar.main(SMALL) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == ("photos: 2 classes, not ImageNet's 1000, hence small: small, 64 pixels, "
+                     "tokenizer patch, crops flip")
+    run = Path("runs/photos-small")
+    with Image.open(run / "step-000004.png") as picture:
+        assert picture.size[1] == 22 + 4 + 7 * 68  # originals, reconstructions, five samples
+    files = {path.name: path.stat().st_mtime_ns for path in Path("runs/tokens").iterdir()}
+    assert len(files) == 4
+    rows = np.load(next(Path("runs/tokens").glob("photos-train-*.npy")))
+    assert rows.shape == (2 * 38, 65) and rows.dtype == np.uint16
+    assert rows[:, 0].tolist() == [0] * 38 + [1] * 38  # 20 of 40 are cats; 19 and 39 are held out
+    assert rar.main(["eval"]) == 0
+    assert rar.main(["sample", "--classes", "dogs", "--count", "2"]) == 0
+    assert files == {p.name: p.stat().st_mtime_ns for p in Path("runs/tokens").iterdir()}
+
+    # another picture, another token file; a damaged one is named
+    paint(photographs / "cats" / "new.png", seed=99)
+    assert rar.main([*SMALL, "--run", "again"]) == 0
+    assert len(list(Path("runs/tokens").iterdir())) > 4
+    newest = max(Path("runs/tokens").glob("*train*.npy"), key=lambda path: path.stat().st_mtime)
+    damaged = bytearray(newest.read_bytes())
+    damaged[-1] ^= 1
+    newest.write_bytes(damaged)
+    assert newest.name in refused([*SMALL, "--run", "third"], capsys)
+
+
+def test_fine_tuning(photographs, capsys):
+    assert rar.main([*SMALL, "--run", "first"]) == 0
+    for i in range(20):
+        paint(photographs / "birds" / f"{i}.png", seed=100 + i)
+    assert rar.main([*SMALL, "--run", "second", "--init", "first"]) == 0
+    assert "knows 2 classes, not 3" in capsys.readouterr().out
+    assert "nowhere" in refused([*SMALL, "--run", "third", "--init", "nowhere"], capsys)
+    assert "does not fit" in refused(
+        [*SMALL, "--run", "third", "--init", "first", "--width", "64"], capsys)
+    assert not Path("third").exists()
+
+
+def test_val_folder_and_layout_mistakes(workplace, capsys):
+    assert "DIR/train/CLASS" in refused(["train", "--data", "imagenet"], capsys)
+    Path("empty").mkdir()
+    assert "no class folders" in refused(["train", "--data", "empty"], capsys)
+    Path("empty/cats").mkdir()
+    assert "no pictures" in refused(["train", "--data", "empty"], capsys)
+    paint(Path("d/train/cats/a.png"))
+    paint(Path("d/val/dogs/a.png"))
+    assert "named as one of train/" in refused(["train", "--data", "d"], capsys)
+    paint(Path("d/val/cats/a.png"))
+    train, held_out = tok.labelled_pictures("d")
+    assert train == [(0, Path("d/train/cats/a.png"))] and held_out == [(0, Path("d/val/cats/a.png"))]
+    assert "--crops zoom" in refused(["train", "--data", "d", "--crops", "zoom"], capsys)
+
+
+def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
+    rar.main([*SMALL, "--run", "run", "--steps", "1"])
+    arguments = ["encode", "photos", "--tokenizer", "run", "--crops", "ten", "--out"]
+    assert tok.main([*arguments, "whole.npy"]) == 0
+    monkeypatch.setattr(tok.time, "monotonic", iter(range(0, 10**6, 31)).__next__)
+    blocks = []
+
+    def killed(self, *arguments):
+        if len(blocks) == 7:
+            raise SystemError("as if killed")
+        blocks.append(arguments)
+        return write_block(self, *arguments)
+
+    write_block = tok.TokenWriter.block
+    with monkeypatch.context() as patch:
+        patch.setattr(tok.TokenWriter, "block", killed)
+        with pytest.raises(SystemError):
+            tok.main([*arguments, "parts.npy"])
+    assert not Path("parts.npy").exists()
+    assert tok.main([*arguments, "parts.npy"]) == 0
+    assert Path("parts.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert np.load("parts.npy").shape == (400, 65)
+
+
+def test_unreadable_pictures_are_skipped_but_not_many(photographs, capsys):
+    for i in range(10):
+        (photographs / "cats" / f"x{i}.png").write_text("broken")
+    rar.main([*SMALL, "--run", "run"])
+    printed = capsys.readouterr()
+    assert "pictures were skipped" in printed.out and "x3.png" in printed.out + printed.err
+    for i in range(10, 14):
+        (photographs / "cats" / f"x{i}.png").write_text("broken")
+    assert "can't be read" in refused(
+        [*SMALL, "--run", "run2"], capsys, last_line=True)
+
+
+def test_the_authors_token_file(workplace, capsys):
+    random = np.random.default_rng(0)
+    rows = [(int(c), t.tolist()) for c, t in zip(random.integers(1000, size=60),
+                                                random.integers(1024, size=(60, 256)))]
+    lines = [json.dumps({"class_id": c, "tokens": t}) for c, t in rows]
+    Path("maskgitvq.jsonl").write_text("\n".join(lines) + "\n")
+    found = tok.import_jsonl("maskgitvq.jsonl", Path("tokens.npy"))
+    assert found.tolist() == [[c, *t] for c, t in rows]
+    assert tok.class_names("maskgitvq.jsonl")[999] == "999"
+    for wrong in ('{"class_id": 1000, "tokens": [' + "1," * 255 + "1]}", "{", "[]", '{"class_id": 1}',
+                  '{"class_id": 1, "tokens": [1, 2]}', '{"class_id": 1, "tokens": "x"}'):
+        Path("bad.jsonl").write_text("\n".join([*lines[:7], wrong]))
+        with pytest.raises(tok.UserError, match="bad.jsonl: line 8"):
+            tok.import_jsonl("bad.jsonl", Path("bad.npy"))
+    assert "--tokenizer" in refused(["train", "--data", "maskgitvq.jsonl", "--tokenizer", "patch",
+                                     "--depth", "1"], capsys)
+
+
+def test_reconstruct(photographs, capsys):
+    assert rar.main([*SMALL, "--run", "run", "--steps", "1"]) == 0
+    pictures = ["photos/cats/00.png", "photos/dogs/01.png"]
+    assert tok.main(["reconstruct", *pictures, "--tokenizer", "run", "--out", "recon.png"]) == 0
+    with Image.open("recon.png") as picture:
+        assert picture.size == (4 * 68 + 4, 68 + 4 + 22)
+    assert tok.main(["reconstruct", "photos", "--tokenizer", "run", "--out", "recon.npz"]) == 0
+    assert np.load("recon.npz")["arr_0"].shape == (40, 64, 64, 3)
+    for arguments, named in [(["nowhere", "--out", "a.png"], "nowhere"),
+                             ([pictures[0], "--out", "a.jpg"], "--out"),
+                             ([pictures[0], "--out", "a.png", "--tokenizer", "b.bin"], "b.bin")]:
+        capsys.readouterr()
+        assert tok.main(["reconstruct", "--tokenizer", "run", *arguments]) == 2
+        assert named in capsys.readouterr().err

@@ -4,7 +4,10 @@
     replacing, read_*, write_*  the one place that writes files; one reader for every format
     Run                         the folder of a training run, its progress bar and Ctrl-C
     draw_shape                  the built-in data: ten kinds of shapes, drawn with Pillow
+    center_crop, ten_crop       photographs to squares of pixels, as the authors cut them
     PatchTokenizer              pictures <-> tokens: k-means codes of patches, a linear decoder
+    MaskGITVQGAN                the published tokenizer, from the released file
+    encode_pictures             folders of photographs to a file of tokens, once
     open_data                   a data set as rows of (class, tokens)
     save_grid                   a labelled picture of pictures
 """
@@ -12,13 +15,19 @@
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import shutil
 import signal
+import stat
 import sys
+import tempfile
 import time
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +70,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
 
-    def command(self, name, function, about, config, knobs=None):
+    def command(self, name, function, about, config=None, knobs=None):
         """Add a command with flags for the named knobs of a dataclass, or for all of them."""
         if self.commands is None:
             self.commands = self.add_subparsers(required=True)
         command = self.commands.add_parser(name, help=about, description=about)
         self.commands.metavar = " | ".join(self.commands.choices)
-        for field in knobs_of(config):
+        for field in knobs_of(config) if config else ():
             if knobs is None or field.name in knobs:
                 several = isinstance(field.default, tuple)
                 kind = type(field.default[0] if several else field.default)
@@ -83,7 +92,8 @@ class Parser(argparse.ArgumentParser):
         """Call the command that argv names. Returns the exit code."""
         try:
             args = self.parse_args(argv)
-            given = {field.name: getattr(args, field.name, None) for field in knobs_of(args.config)}
+            fields = knobs_of(args.config) if args.config else ()
+            given = {field.name: getattr(args, field.name, None) for field in fields}
             knobs = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in given.items() if value is not None}
             args.function(args, knobs, *choose_device(args.device, args.precision))
@@ -124,21 +134,28 @@ def choose_device(name, precision):
 # ---- Files ---------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
+def writing(path):
+    """Turn what the disk refuses inside into a UserError that names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise UserError(f"cannot write {path}: {reason}") from error
+
+@contextlib.contextmanager
 def replacing(path):
     """Yield a path beside `path` to write to, and rename it to `path` once it is whole.
 
     Whoever reads `path` finds the old file or the new one, never half of one. Every file that we
-    write goes through here, except the log, which grows by whole lines.
+    write goes through here, except two that grow: the log, by lines, and a token file, by blocks.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise UserError(f"cannot write {path}: {reason}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -206,7 +223,7 @@ def find_weights(path):
         return newest
     path = Path(path) / "weights.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"--weights: there is no file {path}")
+        raise UserError(f"there is no weights file {path}")
     return path
 
 def read_weights(path):
@@ -223,6 +240,18 @@ def read_weights(path):
             "grid_size": math.isqrt(state["pos_embed"].shape[1] - 1024)}
     except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} holds no weights of a RAR") from error
+
+def init_weights(model, path):
+    """Copy weights of the same shapes into the model. Where the classes are others, their rows of
+    the embedding table stay as they are."""
+    state, _ = read_weights(find_weights(path))
+    own, first = model.state_dict()["embeddings.weight"], model.config.codebook_size + 1
+    given = state["embeddings.weight"]
+    if given.shape != own.shape and given.shape[1:] == own.shape[1:] and len(given) > first:
+        print(f"{path} knows {len(given) - first - 1} classes, not {len(own) - first - 1}: "
+              "the embeddings of the classes start anew")
+        state["embeddings.weight"] = torch.cat([given[:first], own[first:].cpu()])
+    load_strictly(model, state, path)
 
 def read_config(folder, kind):
     """The dataclass `kind` from the config.json in a folder; its defaults if there is no file."""
@@ -349,11 +378,8 @@ class Run:
         self.bar.write(f"step {step + 1}: {held_out_text(self.config, result)}")
 
     def log(self, step, line):
-        try:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps({"step": step + 1} | line) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.log_path}: {error.strerror}") from error
+        with writing(self.log_path), open(self.log_path, "a") as file:
+            file.write(json.dumps({"step": step + 1} | line) + "\n")
         self.logged, self.clock = step + 1, time.perf_counter()
 
     def say_what_next(self):
@@ -417,7 +443,125 @@ def draw_shape(index):
         pen.polygon([tuple(corner) for corner in corners], fill=GROUND if hole else colour)
     return np.asarray(image)
 
+# ---- Photographs ---------------------------------------------------------------------------------
+
+def center_crop(image, size):
+    """The middle of a picture as ADM cuts it: (size, size, 3) uint8.
+
+    Halved with a box filter while the short side is at least twice too long, then bicubic to the
+    size; what is smaller is enlarged.
+    """
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    if max(image.size) * scale * size > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} is too long and narrow to enlarge")
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+def ten_crop(image, size):
+    """Four corners and the middle of the picture, then of its mirror image: (10, size, size, 3)."""
+    whole = int(1.1 * size)
+    pixels = center_crop(image, whole)
+    far, middle = whole - size, round((whole - size) / 2)
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    return np.stack([side[y:y + size, x:x + size]
+                     for side in (pixels, pixels[:, ::-1]) for y, x in corners])
+
+CROPS = {
+    "ten": ten_crop,
+    "flip": lambda image, size: np.stack([(p := center_crop(image, size)), p[:, ::-1]]),
+    "center": lambda image, size: center_crop(image, size)[None],
+}
+
+LAYOUT = "expected DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/val/CLASS/PICTURE"
+
+def class_folders(folder):
+    """The folders of the classes in a data folder, sorted: those of its train/, if it has one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder or file; {LAYOUT}; "
+                        "the built-in data is 'shapes'")
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    found = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not found:
+        raise UserError(f"--data {folder}: {root} has no class folders; {LAYOUT}")
+    return found
+
+def pictures_in(folder):
+    """The files below a folder whose names say that Pillow reads them, sorted. Links are followed,
+    but into no folder twice."""
+    found, seen = [], set()
+    readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        found += [Path(root, f) for f in files if Path(f).suffix.lower() in readable]
+    return sorted(found)
+
+def labelled_pictures(folder):
+    """The training and the held-out pictures of a data folder: two lists of (class, path). Without
+    a val/, every twentieth picture is held out."""
+    folders = class_folders(folder)
+    every = [(c, path) for c, each in enumerate(folders) for path in pictures_in(each)]
+    if not every:
+        raise UserError(f"--data {folder}: the class folders hold no pictures")
+    val = Path(folder) / "val"
+    if not val.is_dir():
+        if len(every) < 20:
+            raise UserError(f"--data {folder}: {len(every)} pictures are too few to learn from")
+        return [x for i, x in enumerate(every) if i % 20 != 19], every[19::20]
+    held_out = [(c, path) for c, each in enumerate(folders) if (val / each.name).is_dir()
+                for path in pictures_in(val / each.name)]
+    if not held_out:
+        raise UserError(f"--data {folder}: no class folder of val/ is named as one of train/")
+    return every, held_out
+
+def read_picture(file, crops, size):
+    """The crops (N, size, size, 3) uint8 of a picture file, or as text why there are none."""
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would never end
+            return "not a regular file"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale them
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return np.ascontiguousarray(CROPS[crops](image, size))
+    except Exception as error:  # Pillow's decoders raise all kinds
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+
+class Chunks(torch.utils.data.Dataset):
+    """Item i: what read_picture makes of the i-th sixteen files."""
+
+    def __init__(self, files, crops, size):
+        self.chunks = [files[i:i + 16] for i in range(0, len(files), 16)]
+        self.crops, self.size = crops, size
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __getitem__(self, i):
+        return [read_picture(file, self.crops, self.size) for file in self.chunks[i]]
+
+def read_pictures(files, crops, size):
+    """Yield what read_picture makes of each file, in order; worker processes do it."""
+    workers = min(-(-len(files) // 16), torch.get_num_threads())
+    loader = torch.utils.data.DataLoader(
+        Chunks(files, crops, size), batch_size=None, num_workers=workers, collate_fn=list)
+    for chunk in loader:
+        yield from chunk
+
 # ---- Pictures <-> tokens -------------------------------------------------------------------------
+
+def nearest(vectors, codes):
+    """The nearest code of each vector: (..., C), (V, C) -> int64 (...). |v - c|^2 is computed
+    without |v|^2, which is the same for every code."""
+    return ((codes**2).sum(1) - 2 * vectors @ codes.T).argmin(-1)
 
 class PatchTokenizer(nn.Module):
     """A token is the nearest of `codebook_size` mean patches; no network, fitted in seconds.
@@ -456,10 +600,7 @@ class PatchTokenizer(nn.Module):
 
     def encode(self, images):
         """float (B, 3, H, W) in [0, 1] -> int64 (B, T), row by row."""
-        patches = self.patches(images.to(self.codebook))  # (B, T, C)
-        # |p - c|^2 without |p|^2, which is the same for every code c
-        distances = (self.codebook**2).sum(1) - 2 * patches @ self.codebook.T  # (B, T, V)
-        return distances.argmin(-1)
+        return nearest(self.patches(images.to(self.codebook)), self.codebook)
 
     def decode(self, tokens):
         """int (B, T) -> float (B, 3, H, W) in [0, 1]."""
@@ -480,7 +621,7 @@ class PatchTokenizer(nn.Module):
         self = cls(grid_size, images.shape[-1] // grid_size, codebook_size)
         random = np.random.default_rng(0)
         patches = self.patches(images).flatten(0, 1).numpy()  # (N, C)
-        patches = patches[random.permutation(len(patches))[:100_000]]
+        patches = patches[random.permutation(len(patches))[:60_000]]
         # Starting from patches that all differ keeps the many empty ones from taking every code.
         distinct = np.unique(patches, axis=0)
         if len(distinct) < codebook_size:
@@ -492,8 +633,9 @@ class PatchTokenizer(nn.Module):
 
         # Ridge regression from a 3x3 neighbourhood's means to the patch in its middle, in float64:
         # float32 loses 2 dB here.
-        images = images[:2000]
-        around = F.unfold(self._means(self.encode(images)), 3, padding=1)  # (B, 9C, T)
+        images = images[:100_000 // grid_size**2]
+        tokens = torch.cat([self.encode(part) for part in images.split(50)])
+        around = F.unfold(self._means(tokens), 3, padding=1)  # (B, 9C, T)
         inputs = around.transpose(1, 2).flatten(0, 1).double()  # (N, 9C)
         inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)  # and a bias
         outputs = self.patches(images).flatten(0, 1).double()  # (N, C)
@@ -503,16 +645,105 @@ class PatchTokenizer(nn.Module):
         self.decoder_bias.copy_(solution[-1])
         return self
 
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, inputs, eps=1e-6)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(32, outputs, eps=1e-6)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(outputs, outputs, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        # Trap: where the width changes, the input is not added at all; the shortcut is one of h.
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+class Level(nn.Module):
+    def __init__(self, inputs, outputs, upsample=False):
+        super().__init__()
+        self.block = nn.Sequential(
+            ResidualBlock(inputs, outputs), ResidualBlock(outputs, outputs))
+        if upsample:
+            self.upsample_conv = nn.Conv2d(outputs, outputs, 3, padding=1)
+
+class Encoder(nn.Module):
+    """(B, 3, 256, 256) in [0, 1] -> (B, 256, 16, 16)"""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, 128, 3, padding=1, bias=False)
+        self.down = nn.ModuleList(Level(i, o) for i, o in
+                                  ((128, 128), (128, 128), (128, 256), (256, 256), (256, 512)))
+        self.mid = nn.Sequential(ResidualBlock(512, 512), ResidualBlock(512, 512))
+        self.norm_out = nn.GroupNorm(32, 512, eps=1e-6)
+        self.conv_out = nn.Conv2d(512, 256, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level.block(x)
+            x = F.avg_pool2d(x, 2) if i < 4 else x
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+class Decoder(nn.Module):
+    """(B, 256, 16, 16) -> (B, 3, 256, 256), about in [0, 1]"""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(256, 512, 3, padding=1)
+        self.mid = nn.Sequential(ResidualBlock(512, 512), ResidualBlock(512, 512))
+        # stored from the finest level to the coarsest, and run the other way round
+        self.up = nn.ModuleList(Level(i, o, upsample=level > 0) for level, (i, o) in enumerate(
+            ((128, 128), (256, 128), (256, 256), (512, 256), (512, 512))))
+        self.norm_out = nn.GroupNorm(32, 128, eps=1e-6)
+        self.conv_out = nn.Conv2d(128, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_in(x))
+        for i, level in reversed(list(enumerate(self.up))):
+            x = level.block(x)
+            if i > 0:
+                x = level.upsample_conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+class MaskGITVQGAN(nn.Module):
+    """The published tokenizer: 256x256 pixels <-> 16x16 tokens of 1024. Names as in its release."""
+
+    codebook_size, grid_size, image_size = 1024, 16, 256
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(), Decoder()
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(1024, 256)})
+
+    @torch.no_grad()
+    def encode(self, images):
+        """float (B, 3, 256, 256) in [0, 1] -> int64 (B, 256): the nearest code of each cell."""
+        cells = self.encoder(images).flatten(2).transpose(1, 2)  # (B, 256 cells, 256)
+        return nearest(cells, self.quantize.embedding.weight)
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """int (B, 256) -> float (B, 3, 256, 256) in [0, 1]."""
+        codes = self.quantize.embedding(tokens)  # (B, 256 cells, 256)
+        return self.decoder(codes.transpose(1, 2).unflatten(2, (16, 16))).clamp(0, 1)
+
 def load(path):
-    """The tokenizer in a file. Raises UserError if the file holds none."""
+    """The tokenizer in a file, ours or the released one. Raises UserError if there is none."""
     state = read_tensors(path)
     try:
-        (codes, channels), grid_size = state["codebook"].shape, int(state["grid"])
-        self = PatchTokenizer(grid_size, math.isqrt(channels // 3), codes)
+        if "quantize.embedding.weight" in state:
+            self = MaskGITVQGAN()
+        else:
+            (codes, channels), grid_size = state["codebook"].shape, int(state["grid"])
+            self = PatchTokenizer(grid_size, math.isqrt(channels // 3), codes)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds no tokenizer") from error
     load_strictly(self, state, path)
-    return self
+    return self.eval()
 
 # ---- Data sets -----------------------------------------------------------------------------------
 
@@ -523,12 +754,15 @@ class Data:
     train: np.ndarray
     held_out: np.ndarray
     tokenizer: nn.Module
+    examples: torch.Tensor  # (N, 3, H, W): for previews, photographs and then what is left of them
 
 def class_names(data):
     """The names of the classes in a data set, by number. UserError if there is no such data."""
-    if data != "shapes":
-        raise UserError(f"--data {data}: there is no such data; the built-in data is 'shapes'")
-    return tuple(SHAPES)
+    if data == "shapes":
+        return tuple(SHAPES)
+    if Path(data).suffix == ".jsonl" and Path(data).is_file():
+        return tuple(str(number) for number in range(1000))  # the authors' token file
+    return tuple(folder.name for folder in class_folders(data))
 
 def class_numbers(texts, config):
     """The numbers of the classes that are named or numbered by `texts`; of all if None."""
@@ -542,39 +776,273 @@ def class_numbers(texts, config):
             raise UserError(f"--classes {text}: there are 0 to {config.num_classes - 1}{there}")
     return [names[text] for text in texts]
 
-def open_data(config, folder, fit=False):
-    """The data set config.data as tokens, by the tokenizer.pt in the folder. With `fit`, that is
-    fitted to the data and put there first."""
-    class_names(config.data)
-    path, count = Path(folder) / "tokenizer.pt", SHAPES_TRAIN + SHAPES_HELD_OUT
-    images = np.stack([draw_shape(i) for i in tqdm(range(count), "drawing shapes", leave=False)])
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255  # (N, 3, 32, 32)
-    if fit:
-        tokenizer = PatchTokenizer.fit(
-            images[:SHAPES_TRAIN], config.grid_size, config.codebook_size)
-        write_tensors(path, tokenizer.state_dict())
+def digest(*parts):
+    """SHA-256 of arrays and texts."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
+    return sha.hexdigest()
+
+def open_tokens(path, description=None):
+    """The rows of a finished token file (N, 1 + T), memory-mapped; None if there is none, or one of
+    another description. Raises UserError if its bytes are not those that were written."""
+    about = path.with_suffix(".json")
+    if not path.exists() or not about.exists():
+        return None
+    written = read_json(about)
+    if description is not None and any(written.get(k) != v for k, v in description.items()):
+        return None
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        first = 0
+        for count, checksum in tqdm(written["blocks"], f"checking {path}", leave=False):
+            if zlib.crc32(rows[first:first + count]) != checksum:
+                raise ValueError(f"rows {first} to {first + count - 1} are damaged")
+            first += count
+        if first != len(rows):
+            raise ValueError("it is not as long as it was")
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{path}: {error}; remove it, and it is made again") from error
+    return rows
+
+class TokenWriter:
+    """Writes a token file block by block: rows go to PATH.part, and after each block PATH.json says
+    what is there, so that whoever was killed goes on behind the last block."""
+
+    header = 128  # bytes of a .npy header, whatever the number of rows
+
+    def __init__(self, path, description, width):
+        self.path, self.part, self.width = path, path.with_suffix(".part"), width
+        self.about, self.rows = path.with_suffix(".json"), 0
+        self.state = description | {"done": 0, "skipped": [], "blocks": []}
+        if self.about.exists() and self.part.exists():
+            state = read_json(self.about)
+            if all(state.get(k) == v for k, v in description.items()):
+                self.state = state
+        self.rows = sum(count for count, _ in self.state["blocks"])
+        with writing(self.part):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.part, "r+b" if self.rows else "w+b")
+            self.file.truncate(self.header + self.rows * 2 * width)
+            self.file.seek(0, os.SEEK_END)
+
+    def block(self, rows, done, skipped=()):
+        """Add rows (N, width), that bring the pictures or lines that are through to `done`."""
+        rows = np.ascontiguousarray(rows, dtype="<u2").reshape(-1, self.width)
+        with writing(self.part):
+            self.file.write(rows)
+            self.file.flush()
+        self.rows += len(rows)
+        self.state["blocks"].append([len(rows), zlib.crc32(rows)])
+        self.state["done"] = done
+        self.state["skipped"] += skipped
+        write_json(self.about, self.state)
+
+    def finish(self):
+        with writing(self.path):
+            self.file.seek(0)
+            np.lib.format.write_array_header_1_0(self.file, {
+                "descr": "<u2", "fortran_order": False, "shape": (self.rows, self.width)})
+            self.file.close()
+            os.replace(self.part, self.path)
+        return np.load(self.path, mmap_mode="r")
+
+def encode_pictures(pictures, tokenizer, crops, names, device, path=None, title="tokens"):
+    """The tokens of (class, picture file) pairs, (N, 1 + T): all crops of a picture after those of
+    the one before. They are made once, into `path`, or into a file of runs/tokens/ that belongs to
+    these very pictures, tokenizer and crops; what is there already is used, or gone on with."""
+    files = [str(file) for _, file in pictures]
+    sizes = [os.stat(file).st_size if os.path.isfile(file) else -1 for file in files]
+    description = {
+        "tokenizer": digest(*(tensor.cpu().numpy() for tensor in tokenizer.state_dict().values())),
+        "crops": crops, "image_size": tokenizer.image_size, "class_names": list(names),
+        "files": digest(json.dumps([files, sizes, [c for c, _ in pictures]])),
+        "count": len(files)}
+    path = path or Path("runs/tokens", f"{title}-{digest(json.dumps(description))[:12]}.npy")
+    if (rows := open_tokens(path, description)) is not None:
+        return rows
+    writer = TokenWriter(path, description, 1 + tokenizer.grid_size**2)
+    done, skipped, rows, batch = writer.state["done"], [], [], []
+    clock = time.monotonic()
+
+    def encode():
+        if batch:
+            images = to_float(np.concatenate([pixels for _, pixels in batch])).to(device)
+            tokens = torch.cat([tokenizer.encode(part) for part in images.split(64)]).cpu()
+            labels = np.repeat([c for c, _ in batch], [len(pixels) for _, pixels in batch])
+            rows.append(np.concatenate([labels[:, None], tokens.numpy()], axis=1))
+            batch.clear()
+
+    items = tqdm(read_pictures(files[done:], crops, tokenizer.image_size), "encoding",
+                 total=len(files), initial=done, unit=" pictures")
+    for i, item in enumerate(items, done):
+        if isinstance(item, str):
+            skipped.append([files[i], item])
+            tqdm.write(f"skipped {files[i]}: {item}")
+            bad = len(skipped) + len(writer.state["skipped"])
+            if bad > max(10, len(files) // 1000):
+                raise UserError(f"{bad} of {len(files)} pictures can't be read, the last of them "
+                                f"{files[i]}: mend or remove them")
+        else:
+            batch.append((pictures[i][0], item))
+        if sum(len(pixels) for _, pixels in batch) >= (16 if device.type == "cpu" else 128):
+            encode()
+        if time.monotonic() - clock > 30 or i + 1 == len(files):
+            encode()
+            writer.block(np.concatenate(rows) if rows else [], i + 1, skipped)
+            rows, skipped, clock = [], [], time.monotonic()
+    if writer.state["skipped"]:
+        print(f"{path}: {len(writer.state['skipped'])} of {len(files)} pictures were skipped")
+    if not writer.rows:
+        raise UserError(f"{path}: there is no picture that can be read")
+    return writer.finish()
+
+def import_jsonl(source, path):
+    """The authors' token file, a JSON object {"class_id", "tokens"} a line, as our token file."""
+    description = {"source": str(source), "bytes": os.stat(source).st_size}
+    if (rows := open_tokens(path, description)) is not None:
+        return rows
+    writer, rows, number = None, [], 0
+    with open(source, "rb") as lines:
+        for number, line in enumerate(tqdm(lines, "reading", unit=" rows"), 1):
+            if writer and number <= writer.state["done"]:
+                continue
+            try:
+                value = json.loads(line)
+                row = np.array([value["class_id"], *value["tokens"]])
+                writer = writer or TokenWriter(path, description, len(row))
+                if row.dtype != np.int64 or row.shape != (writer.width,) or row.min() < 0:
+                    raise ValueError
+                if row[0] >= 1000 or row[1:].max() >= 1024:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{source}: line {number} is no class_id with tokens") from error
+            if number > writer.state["done"]:
+                rows.append(row)
+            if len(rows) == 10_000:
+                writer.block(rows, number)
+                rows = []
+    if writer is None:
+        raise UserError(f"{source} is empty")
+    if rows:
+        writer.block(rows, number)
+    return writer.finish()
+
+RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
+
+def released_tokenizer(*folders):
+    """The path of the released tokenizer's file if it is at hand, else None."""
+    places = (*folders, ".", torch.hub.get_dir(), Path(torch.hub.get_dir()) / "checkpoints")
+    return next((p for p in (Path(f) / RELEASED for f in places) if p.is_file()), None)
+
+def title(data):
+    return Path(data).resolve().name.removesuffix(".jsonl")
+
+def recipe(data):
+    """What follows from a data set unless flags say otherwise: the names of its classes, a preset,
+    knobs on top of it, and the reason in words."""
+    names = class_names(data)
+    if data == "shapes":
+        return names, "tiny", {}, "built-in"
+    if len(names) != 1000:
+        why = f"{len(names)} classes, not ImageNet's 1000, hence small"
+        return names, "small", {"crops": "flip"}, why
+    released = released_tokenizer(data if Path(data).is_dir() else Path(data).parent)
+    why = "1000 classes, hence as in the paper"
+    if released is None:
+        why += f", but {RELEASED} is not at hand"
+    return names, "RAR-B", {"tokenizer": str(released or "patch")}, why
+
+def crop_images(files, size):
+    """The centre crops (N, 3, size, size) in [0, 1] of the files that can be read."""
+    crops = [x for x in read_pictures(files, "center", size) if not isinstance(x, str)]
+    if not crops:
+        raise UserError(f"{files[0]}: neither this picture nor any other can be read")
+    return to_float(np.concatenate(crops))
+
+def fit_tokenizer(config, images, path):
+    """Put the tokenizer that config names at `path`: the one of a file, or one fitted to images."""
+    if config.tokenizer == "patch":
+        tokenizer = PatchTokenizer.fit(images(), config.grid_size, config.codebook_size)
     else:
-        tokenizer = load(path)
-    if (tokenizer.grid_size, tokenizer.codebook_size) != (config.grid_size, config.codebook_size):
-        raise UserError(f"{path} makes {tokenizer.grid_size} x {tokenizer.grid_size} tokens of "
-                        f"{tokenizer.codebook_size}, the model {config.grid_size} x "
-                        f"{config.grid_size} of {config.codebook_size}")
-    labels = np.arange(count) % len(SHAPES)
-    tokens = torch.cat([tokenizer.encode(batch) for batch in images.split(500)])
-    rows = np.concatenate([labels[:, None], tokens.numpy()], 1).astype(np.uint16)
-    return Data(rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:], tokenizer)
+        tokenizer = load(config.tokenizer)
+    check_tokenizer(tokenizer, config, config.tokenizer)
+    write_tensors(path, tokenizer.state_dict())
+
+def check_tokenizer(tokenizer, config, path):
+    for name in ("grid_size", "codebook_size", "image_size"):
+        has, wanted = getattr(tokenizer, name), getattr(config, name)
+        if has != wanted:
+            raise UserError(f"{path} has {name} {has}, the run --{name.replace('_', '-')} {wanted}")
+
+def open_data(config, folder, device, fit=False):
+    """The data set config.data as tokens, by the tokenizer.pt in the folder. With `fit`, that is
+    made for the data and put there first."""
+    path = Path(folder) / "tokenizer.pt"
+    if config.crops not in CROPS:
+        raise UserError(f"--crops {config.crops}: choose from {', '.join(CROPS)}")
+    if config.data == "shapes":
+        indices = tqdm(range(SHAPES_TRAIN + SHAPES_HELD_OUT), "drawing shapes", leave=False)
+        images = to_float(np.stack([draw_shape(i) for i in indices]))  # (N, 3, 32, 32)
+        if fit:
+            fit_tokenizer(config, lambda: images[:SHAPES_TRAIN], path)
+        tokenizer = load(path).to(device)
+        labels = np.arange(len(images)) % len(SHAPES)
+        tokens = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in images.split(500)])
+        rows = np.concatenate([labels[:, None], tokens.numpy()], 1).astype(np.uint16)
+        return Data(rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:], tokenizer, images[:0])
+    if Path(config.data).suffix == ".jsonl":
+        if fit and config.tokenizer == "patch":
+            raise UserError(f"--data {config.data}: these are tokens of {RELEASED}: name that file "
+                            "with --tokenizer")
+        if fit:
+            fit_tokenizer(config, None, path)
+        rows = import_jsonl(config.data, Path("runs/tokens", title(config.data) + ".npy"))
+        tokenizer = load(path).to(device)
+        if rows.shape[1] != 1 + tokenizer.grid_size**2:
+            raise UserError(f"--data {config.data}: {rows.shape[1] - 1} tokens a line, and not "
+                            f"{tokenizer.grid_size**2}")
+        last = -(-len(rows) // 20) if len(rows) < 20_000 else 1000  # the last rows are held out
+        return Data(rows[:-last], rows[-last:], tokenizer, torch.empty(0, 3, 256, 256))
+    names, (train, held_out) = class_names(config.data), labelled_pictures(config.data)
+    files = [file for _, file in train]
+    if fit:
+        some = files[::-(-len(files) // 2000)]
+        fit_tokenizer(config, lambda: crop_images(some, config.image_size), path)
+    tokenizer = load(path).to(device)
+    held_out = held_out[::-(-len(held_out) // 500)]  # enough to tell losses apart
+    rows = [encode_pictures(pictures, tokenizer, crops, names, device,
+                            title=f"{title(config.data)}-{part}")
+            for pictures, crops, part in ((train, config.crops, "train"),
+                                          (held_out, "center", "held-out"))]
+    first = {c: str(file) for c, file in reversed(held_out)}  # one picture of each class
+    originals = crop_images(list(first.values())[::-1][:COLUMNS], tokenizer.image_size)
+    again = tokenizer.decode(tokenizer.encode(originals.to(device))).cpu()
+    return Data(*rows, tokenizer, torch.cat([originals, again]))
 
 # ---- Pictures ------------------------------------------------------------------------------------
+
+COLUMNS = 20
+
+def to_float(pixels):
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [0, 1], and not in [-1, 1]: so the released
+    tokenizer wants it."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 def to_uint8(images):
     """float (B, 3, H, W) -> uint8 (B, H, W, 3). Truncated, not rounded: the authors' choice, and
     with it the published FIDs were computed."""
-    return (images.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = (images.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return pixels.contiguous().cpu().numpy()
 
 def save_grid(path, images, names):
+    with replacing(path) as beside:
+        write_grid(beside, images, names)
+
+def write_grid(path, images, names):
     """A PNG of images (B, 3, H, W) in [0, 1], row by row, a column for each name, under it. With
-    more than 16 names it is 16 columns without names."""
-    columns, names = (len(names), names) if len(names) <= 16 else (16, ())
+    more than COLUMNS names it is so many columns without names."""
+    columns, names = (len(names), names) if len(names) <= COLUMNS else (COLUMNS, ())
     pixels = to_uint8(images)
     scale = max(1, 80 // pixels.shape[1])  # small pictures are enlarged without smoothing
     height, width = pixels.shape[1] * scale, pixels.shape[2] * scale
@@ -582,7 +1050,9 @@ def save_grid(path, images, names):
     rows = math.ceil(len(pixels) / columns)
     size = (columns * (width + gap) + gap, rows * (height + gap) + gap + header)
     sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    pen = ImageDraw.Draw(sheet)
+    longest = max((len(str(name)) for name in names), default=1)
+    font = ImageFont.load_default(size=min(15, 1.6 * width / longest))
     for column, name in enumerate(names):
         centre = (gap + column * (width + gap) + width / 2, gap + header / 2)
         pen.text(centre, str(name), fill="black", font=font, anchor="mm")
@@ -590,5 +1060,86 @@ def save_grid(path, images, names):
         row, column = divmod(i, columns)
         corner = (gap + column * (width + gap), gap + header + row * (height + gap))
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), corner)
-    with replacing(path) as beside:
-        sheet.save(beside, format="PNG")
+    sheet.save(path, format="PNG")
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def find_tokenizer(path):
+    """The tokenizer of a file or run folder; if None, the released one, or the newest run's."""
+    if path is None:
+        newest = newest_weights()
+        path = released_tokenizer() or (newest and newest.with_name("tokenizer.pt"))
+        if path is None:
+            raise UserError(f"name a file with --tokenizer: {RELEASED}, or the folder of a run")
+    path = Path(path)
+    return load(path / "tokenizer.pt" if path.is_dir() else path)
+
+def encode_command(args, knobs, device, autocast):
+    tokenizer, path = find_tokenizer(args.tokenizer), Path(args.out)
+    if path.suffix != ".npy":
+        raise UserError(f"--out {path}: name a file that ends in .npy")
+    check_folder(path.parent, f"--out {path}")
+    pictures = [(c, file) for c, folder in enumerate(class_folders(args.folder))
+                for file in pictures_in(folder)]
+    if not pictures:
+        raise UserError(f"{args.folder}: the class folders hold no pictures")
+    rows = encode_pictures(pictures, tokenizer, args.crops, class_names(args.folder), device, path)
+    print(f"{path}: {len(rows):,} rows of a class and {rows.shape[1] - 1} tokens")
+
+def reconstruct_command(args, knobs, device, autocast):
+    tokenizer, path = find_tokenizer(args.tokenizer).to(device), Path(args.out)
+    if path.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {path}: name a .png file to look at, or an .npz file to score")
+    check_folder(path.parent, f"--out {path}")
+    files = []
+    for name in args.pictures:
+        if not Path(name).exists():
+            raise UserError(f"{name}: there is no such picture or folder")
+        files += pictures_in(name) if Path(name).is_dir() else [Path(name)]
+    if not files:
+        raise UserError(f"{args.pictures[0]}: there are no pictures in it")
+    shown, count = [], 0
+    with replacing(path) as beside, tempfile.TemporaryFile(dir=path.parent) as raw:
+        items = read_pictures(files, "center", tokenizer.image_size)
+        for name, item in zip(files, tqdm(items, "reconstructing", len(files), unit=" pictures")):
+            if isinstance(item, str):
+                tqdm.write(f"skipped {name}: {item}")
+                continue
+            image = to_float(item).to(device)
+            again = tokenizer.decode(tokenizer.encode(image)).cpu()
+            count += 1
+            if path.suffix == ".png":
+                shown += [image.cpu(), again]
+            else:
+                raw.write(to_uint8(again))
+        if count == 0:
+            raise UserError(f"{files[0]}: neither this picture nor any other can be read")
+        if path.suffix == ".npz":  # as numpy.savez writes it, but never whole in memory
+            raw.seek(0)
+            with zipfile.ZipFile(beside, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, {
+                        "descr": "|u1", "fortran_order": False,
+                        "shape": (count, tokenizer.image_size, tokenizer.image_size, 3)})
+                    shutil.copyfileobj(raw, member)
+        else:
+            write_grid(beside, torch.cat(shown), ["picture", "again"] * min(4, count))
+    print(f"{path}: {count} pictures")
+
+def main(argv=None):
+    """Run a command. Returns its exit code."""
+    parser = Parser(prog="tokenizer.py", description=__doc__.split("\n")[0])
+    encode = parser.command("encode", encode_command, "a folder of photographs to a token file")
+    encode.add_argument("folder", help=LAYOUT)
+    encode.add_argument("--crops", choices=CROPS, default="ten", help="crops of a picture [ten]")
+    reconstruct = parser.command("reconstruct", reconstruct_command,
+                                 "pictures through the tokenizer and back")
+    reconstruct.add_argument("pictures", nargs="+", help="files and folders")
+    for command, what in ((encode, "the .npy file"), (reconstruct, "a .png or .npz file")):
+        command.add_argument("--out", required=True, help=what + " to write")
+        command.add_argument("--tokenizer", help="file or run folder [the released one, if it is "
+                             "at hand, or that of the newest run]")
+    return parser.run(argv)
+
+if __name__ == "__main__":
+    sys.exit(main())
