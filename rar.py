@@ -93,7 +93,7 @@ PRESETS = {
         codebook_size=192, num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3,
         warmup=0.05, log_every=20, save_every=500, scale=1.5, power=0.0, temperature=0.75),
     "small": Config(  # for photographs without a GPU
-        width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=1000,
+        width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=500,
         batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
     "RAR-S": Config(depth=12),  # has no published sampling settings and takes those of B
     "RAR-B": Config(),

@@ -16,9 +16,11 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -805,6 +807,8 @@ def open_tokens(path, description=None):
         raise UserError(f"{path}: {error}; remove it, and it is made again") from error
     return rows
 
+BLOCK_SECONDS = 30  # of work that a kill can cost
+
 class TokenWriter:
     """Writes a token file block by block: rows go to PATH.part, and after each block PATH.json says
     what is there, so that whoever was killed goes on behind the last block."""
@@ -887,7 +891,7 @@ def encode_pictures(pictures, tokenizer, crops, names, device, path=None, title=
             batch.append((pictures[i][0], item))
         if sum(len(pixels) for _, pixels in batch) >= (16 if device.type == "cpu" else 128):
             encode()
-        if time.monotonic() - clock > 30 or i + 1 == len(files):
+        if time.monotonic() - clock > BLOCK_SECONDS or i + 1 == len(files):
             encode()
             writer.block(np.concatenate(rows) if rows else [], i + 1, skipped)
             rows, skipped, clock = [], [], time.monotonic()
@@ -897,36 +901,62 @@ def encode_pictures(pictures, tokenizer, crops, names, device, path=None, title=
         raise UserError(f"{path}: there is no picture that can be read")
     return writer.finish()
 
+TOKEN_LINE = re.compile(rb'\{"class_id": *(\d+), *"tokens": *\[([\d, ]+)\]\}\s*')
+
+def rows_of(lines):
+    """The rows (N, 1 + T) of lines of the authors' token file; ValueError if one of them is bad."""
+    matches = [TOKEN_LINE.fullmatch(line) for line in lines]
+    if all(matches):  # as the authors write it: three times as fast as the JSON parser
+        rows = np.fromstring(b",".join(m[1] + b"," + m[2] for m in matches), np.int64, sep=",")
+        commas = [m[2].count(b",") for m in matches]
+        if len(rows) != sum(commas) + 2 * len(lines) or min(commas) != max(commas):
+            raise ValueError("not the same number of tokens on every line")
+        rows = rows.reshape(len(lines), -1)
+    else:
+        try:
+            values = [json.loads(line) for line in lines]
+            rows = np.array([[value["class_id"], *value["tokens"]] for value in values])
+        except (KeyError, TypeError) as error:
+            raise ValueError("no class_id or no tokens") from error
+        if rows.dtype != np.int64 or rows.ndim != 2:
+            raise ValueError("not whole numbers, or not as many as on the other lines")
+    if rows.shape[1] < 2 or rows.min() < 0 or rows[:, 0].max() > 999 or rows[:, 1:].max() > 1023:
+        raise ValueError("a class or a token that there is not")
+    return rows
+
 def import_jsonl(source, path):
     """The authors' token file, a JSON object {"class_id", "tokens"} a line, as our token file."""
     description = {"source": str(source), "bytes": os.stat(source).st_size}
     if (rows := open_tokens(path, description)) is not None:
         return rows
-    writer, rows, number = None, [], 0
-    with open(source, "rb") as lines:
-        for number, line in enumerate(tqdm(lines, "reading", unit=" rows"), 1):
-            if writer and number <= writer.state["done"]:
-                continue
-            try:
-                value = json.loads(line)
-                row = np.array([value["class_id"], *value["tokens"]])
-                writer = writer or TokenWriter(path, description, len(row))
-                if row.dtype != np.int64 or row.shape != (writer.width,) or row.min() < 0:
-                    raise ValueError
-                if row[0] >= 1000 or row[1:].max() >= 1024:
-                    raise ValueError
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{source}: line {number} is no class_id with tokens") from error
-            if number > writer.state["done"]:
-                rows.append(row)
-            if len(rows) == 10_000:
-                writer.block(rows, number)
-                rows = []
+    writer, done = None, 0
+    with open(source, "rb") as file, tqdm(desc="reading", unit=" rows") as bar:
+        while lines := list(itertools.islice(file, 5000)):
+            if writer is None or done + len(lines) > writer.state["done"]:
+                try:
+                    rows = rows_of(lines)
+                    writer = writer or TokenWriter(path, description, rows.shape[1])
+                    if rows.shape[1] != writer.width:
+                        raise ValueError(f"not {writer.width - 1} tokens")
+                except ValueError:
+                    raise_bad_line(source, lines, done, writer)
+                if done + len(lines) > writer.state["done"]:
+                    writer.block(rows, done + len(lines))
+            done += len(lines)
+            bar.update(len(lines))
     if writer is None:
         raise UserError(f"{source} is empty")
-    if rows:
-        writer.block(rows, number)
     return writer.finish()
+
+def raise_bad_line(source, lines, done, writer):
+    width = writer.width if writer else None
+    for number, line in enumerate(lines, done + 1):
+        try:
+            width = width or rows_of([line]).shape[1]
+            if rows_of([line]).shape[1] != width:
+                raise ValueError(f"not {width - 1} tokens")
+        except ValueError as error:
+            raise UserError(f"{source}: line {number}: {error}") from error
 
 RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
 
@@ -943,10 +973,10 @@ def recipe(data):
     knobs on top of it, and the reason in words."""
     names = class_names(data)
     if data == "shapes":
-        return names, "tiny", {}, "built-in"
+        return names, "tiny", {"image_size": SHAPES_SIZE, "crops": "center"}, "built-in"
     if len(names) != 1000:
         why = f"{len(names)} classes, not ImageNet's 1000, hence small"
-        return names, "small", {"crops": "flip"}, why
+        return names, "small", {"image_size": 64, "crops": "flip"}, why
     released = released_tokenizer(data if Path(data).is_dir() else Path(data).parent)
     why = "1000 classes, hence as in the paper"
     if released is None:
