@@ -458,18 +458,18 @@ def sample_command(args, knobs, device, autocast):
     classes = tok.class_numbers(args.classes, config)
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
-    tokenizer = tok.load(folder / "tokenizer.pt").to(device)
+    tokenizer = tok.tokenizer_of(config, folder).to(device)
     path = tok.picture_path(args.out, folder)
     images = sample_images(model, tokenizer, labels, config, autocast)
     names = config.class_names or range(config.num_classes)
     tok.save_grid(path, images, [names[c] for c in classes])
-    print(f"{path}: {count} pictures, seed {config.seed}")
+    print(f"{path}: {count} pictures by {folder}, seed {config.seed}")
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
     data = tok.open_data(config, folder, device)
     result = evaluate(model, data.held_out, config, autocast)
-    print(f"{len(data.held_out):,} pictures: {tok.held_out_text(config, result)}")
+    print(f"{folder}, {len(data.held_out):,} pictures: {tok.held_out_text(config, result)}")
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""

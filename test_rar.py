@@ -500,7 +500,7 @@ def test_resume_after_a_kill(workplace, monkeypatch):
             rar.main([*TRAIN, "--run", "parts"])
     assert log_of(Path("parts"))[-1]["step"] == 5
     with open("parts/log.jsonl", "a") as log:
-        log.write('{"step": 5, "lo')
+        log.write('5\n{"step": "x"}\n[]\n{"step": 5, "lo')
     assert rar.main([*TRAIN, "--run", "parts"]) == 0
     assert log_of(Path("whole")) == log_of(Path("parts"))
 
@@ -567,6 +567,7 @@ def test_mistakes_with_a_run(workplace, capsys):
             (["sample", "--out", "runs"], "--out"),
             (["sample", "--out", "picture.gif"], "--out"),
             (["sample", "--weights", "runs/a/tokenizer.pt"], "tokenizer.pt"),
+            (["sample", "--coun", "3"], "--coun"),
             (["eval", "--data", "nowhere"], "--data nowhere"),
             ([*TRAIN, "--run", "runs/a", "--lr", "0.001"], "--lr")]:
         assert named in refused(arguments, capsys)
@@ -578,8 +579,15 @@ def test_mistakes_with_a_run(workplace, capsys):
     for damaged in (weights[:1000], weights[:-100], flipped, b""):
         (run / "weights.pt").write_bytes(damaged)
         assert "weights.pt" in refused(["sample"], capsys)
+    assert rar.main([*TRAIN, "--run", "runs/a"]) == 0  # which makes weights.pt anew
+    assert (run / "weights.pt").read_bytes() == weights
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").unlink()
+    assert "no checkpoint.pt" in refused([*TRAIN, "--run", "runs/a"], capsys)
+    (run / "checkpoint.pt").write_bytes(checkpoint)
     tokenizer = (run / "tokenizer.pt").read_bytes()
-    (run / "weights.pt").write_bytes(weights)
+    tok.write_tensors(run / "tokenizer.pt", tok.PatchTokenizer(4, 8, 16).state_dict())
+    assert "grid_size 4" in refused(["sample"], capsys)
     (run / "tokenizer.pt").unlink()
     assert "tokenizer.pt" in refused(["sample"], capsys)
     assert "tokenizer.pt" in refused(["eval"], capsys)

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -58,8 +59,12 @@ def flag(field):
 def check_knobs(config):
     for field in knobs_of(config):
         value, (low, high) = getattr(config, field.name), field.metadata["limits"]
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, str) and not (low <= number <= high and number < math.inf):
+        several = isinstance(field.default, tuple)
+        kind = type(field.default[0] if several else field.default)
+        for number in value if several else (value,):
+            if not isinstance(number, (int, float) if kind is float else kind):
+                raise UserError(f"{flag(field)} must be {kind.__name__}, not {number}")
+            if kind is not str and not (low <= number <= high and number < math.inf):
                 limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise UserError(f"{flag(field)} must be {limits}, not {number}")
 
@@ -76,7 +81,8 @@ class Parser(argparse.ArgumentParser):
         """Add a command with flags for the named knobs of a dataclass, or for all of them."""
         if self.commands is None:
             self.commands = self.add_subparsers(required=True)
-        command = self.commands.add_parser(name, help=about, description=about)
+        command = self.commands.add_parser(
+            name, help=about, description=about, allow_abbrev=False)
         self.commands.metavar = " | ".join(self.commands.choices)
         for field in knobs_of(config) if config else ():
             if knobs is None or field.name in knobs:
@@ -109,6 +115,12 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt as error:
             print(str(error) or "interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # whoever read our output has gone, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
 
 def whole_number(low):
     """A type for argparse: an integer from `low` up to what a seed can be."""
@@ -220,8 +232,8 @@ def find_weights(path):
     """The weights file that is meant by a file, by a run folder, or by None: the newest run's."""
     if path is None:
         if (newest := newest_weights()) is None:
-            raise UserError("there is no run in runs/ yet: make one with python rar.py train, "
-                            "or name a file with --weights")
+            raise UserError(f"there is no run in {Path('runs').absolute()}: make one with "
+                            "python rar.py train, or name one with --weights")
         return newest
     path = Path(path) / "weights.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -302,7 +314,10 @@ class Run:
     def load(self, model, optimizer):
         """Copy the checkpoint, if there is one, into both. Returns the updates that were made.
         Raises UserError if the checkpoint is that of another config."""
-        path = self.folder / "checkpoint.pt"
+        path, weights = self.folder / "checkpoint.pt", self.folder / "weights.pt"
+        if weights.exists() and not path.exists():
+            raise UserError(f"{self.folder} holds weights.pt but no checkpoint.pt to go on from: "
+                            "name another folder with --run")
         if not path.exists():
             return 0
         saved = read_config(self.folder, type(self.config))
@@ -316,6 +331,7 @@ class Run:
             raise UserError(f"{path} is not the checkpoint of a run")
         load_strictly(model, state["model"], path)
         optimizer.load_state_dict(state["optimizer"])
+        write_tensors(weights, state["model"])  # in case a kill came between the two files
         return state["updates"]
 
     def save(self, step, model, optimizer):
@@ -331,14 +347,17 @@ class Run:
         # what was logged after the checkpoint is made again
         self.log_path, kept = self.folder / "log.jsonl", []
         if self.log_path.exists():
-            lines = self.log_path.read_text().splitlines()
-            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= first]
+            for line in self.log_path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or worse
+                    if json.loads(line)["step"] <= first:
+                        kept.append(line.decode())
         with replacing(self.log_path) as beside:
             beside.write_text("".join(line + "\n" for line in kept))
 
         def note(number, frame):
             self.stopped = True
             signal.signal(number, previous[number])  # the second one strikes at once
+            tqdm.write("stopping after this update", file=sys.stderr)
 
         previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.config.steps, initial=first,
@@ -391,7 +410,8 @@ class Run:
         print(f"{self.folder} is finished: {self.config.steps} updates. "
               f"Look at {self.preview(self.config.steps - 1)}")
         is_newest = newest_weights() == self.folder / "weights.pt"
-        print("next: python rar.py sample" + ("" if is_newest else f" --weights {self.folder}"))
+        where = "" if is_newest else f" --weights {shlex.quote(str(self.folder))}"
+        print(f"next: python rar.py sample{where}")
 
 # ---- Built-in data: shapes -----------------------------------------------------------------------
 
@@ -632,6 +652,9 @@ class PatchTokenizer(nn.Module):
         start = distinct[random.permutation(len(distinct))[:codebook_size]]
         codebook, _ = kmeans2(patches, start, iter=20, minit="matrix")
         self.codebook.copy_(torch.from_numpy(codebook))
+        self.decoder[:, :, 1, 1] = torch.eye(self.codebook.shape[1])  # the patch's own mean
+        if self.patch_size > 16:
+            return self  # what follows would take tens of GB for patches that large
 
         # Ridge regression from the means of a 3x3 neighbourhood to what the patch in its middle is
         # beside its own mean; the fewer the samples, the nearer to nothing. In float64: float32
@@ -645,8 +668,7 @@ class PatchTokenizer(nn.Module):
         square, size = inputs.T @ inputs, inputs.shape[1]
         ridge = square.diagonal().mean() * size / len(inputs)
         solution = torch.linalg.solve(square + ridge * torch.eye(size), inputs.T @ outputs)
-        self.decoder.copy_(solution[:-1].T.unflatten(1, (-1, 3, 3)))
-        self.decoder[:, :, 1, 1] += torch.eye(self.codebook.shape[1])  # and the patch's own mean
+        self.decoder += solution[:-1].T.unflatten(1, (-1, 3, 3))
         self.decoder_bias.copy_(solution[-1])
         return self
 
@@ -1002,11 +1024,20 @@ def fit_tokenizer(config, images, path):
     check_tokenizer(tokenizer, config, config.tokenizer)
     write_tensors(path, tokenizer.state_dict())
 
-def check_tokenizer(tokenizer, config, path):
-    for name in ("grid_size", "codebook_size", "image_size"):
+def check_tokenizer(tokenizer, config, path, names=("grid_size", "codebook_size", "image_size")):
+    for name in names:
         has, wanted = getattr(tokenizer, name), getattr(config, name)
         if has != wanted:
-            raise UserError(f"{path} has {name} {has}, the run --{name.replace('_', '-')} {wanted}")
+            raise UserError(f"{path} has {name} {has}, but --{name.replace('_', '-')} is {wanted}")
+
+def tokenizer_of(config, folder):
+    """The tokenizer.pt that lies beside a model's weights, and fits the model."""
+    path = Path(folder) / "tokenizer.pt"
+    if not path.exists():
+        raise UserError(f"there is no {path}, which the weights need beside them")
+    tokenizer = load(path)
+    check_tokenizer(tokenizer, config, path, ("grid_size", "codebook_size"))
+    return tokenizer
 
 def open_data(config, folder, device, fit=False):
     """The data set config.data as tokens, by the tokenizer.pt in the folder. With `fit`, that is
@@ -1019,7 +1050,7 @@ def open_data(config, folder, device, fit=False):
         images = to_float(np.stack([draw_shape(i) for i in indices]))  # (N, 3, 32, 32)
         if fit:
             fit_tokenizer(config, lambda: images[:SHAPES_TRAIN], path)
-        tokenizer = load(path).to(device)
+        tokenizer = tokenizer_of(config, folder).to(device)
         labels = np.arange(len(images)) % len(SHAPES)
         tokens = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in images.split(500)])
         rows = np.concatenate([labels[:, None], tokens.numpy()], 1).astype(np.uint16)
@@ -1031,7 +1062,7 @@ def open_data(config, folder, device, fit=False):
         if fit:
             fit_tokenizer(config, None, path)
         rows = import_jsonl(config.data, Path("runs/tokens", title(config.data) + ".npy"))
-        tokenizer = load(path).to(device)
+        tokenizer = tokenizer_of(config, folder).to(device)
         if rows.shape[1] != 1 + tokenizer.grid_size**2:
             raise UserError(f"--data {config.data}: {rows.shape[1] - 1} tokens a line, and not "
                             f"{tokenizer.grid_size**2}")
@@ -1042,7 +1073,7 @@ def open_data(config, folder, device, fit=False):
     if fit:
         some = files[::-(-len(files) // min(2000, 10**8 // (3 * config.image_size**2) + 1))]
         fit_tokenizer(config, lambda: crop_images(some, config.image_size), path)
-    tokenizer = load(path).to(device)
+    tokenizer = tokenizer_of(config, folder).to(device)
     held_out = held_out[::-(-len(held_out) // 500)]  # enough to tell losses apart
     rows = [encode_pictures(pictures, tokenizer, crops, names, device,
                             title=f"{title(config.data)}-{part}")

@@ -9,6 +9,7 @@ samples of the run (of the newest by default), 50 of each class, drawn with the 
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,8 +21,8 @@ import tokenizer as tok
 
 
 def drawings(start, stop):
-    images = torch.stack([torch.from_numpy(tok.draw_shape(i)) for i in range(start, stop)])
-    return images.permute(0, 3, 1, 2).float() / 255, torch.arange(start, stop) % len(tok.SHAPES)
+    images = tok.to_float(np.stack([tok.draw_shape(i) for i in range(start, stop)]))
+    return images, torch.arange(start, stop) % len(tok.SHAPES)
 
 
 def train_classifier(images, labels):
@@ -45,11 +46,15 @@ def accuracy(classifier, images, labels):
     return (classifier(images).argmax(-1) == labels).float().mean().item()
 
 
+torch.set_num_threads(1)  # so that the classifier is the same on every machine
 device, autocast = tok.choose_device("cpu", "float32")
+try:
+    model, config, folder = rar.load_model(sys.argv[1] if len(sys.argv) > 1 else None, {}, device)
+except tok.UserError as error:
+    sys.exit(f"error: {error}")
 classifier = train_classifier(*drawings(0, tok.SHAPES_TRAIN))
 held_out = drawings(tok.SHAPES_TRAIN, tok.SHAPES_TRAIN + tok.SHAPES_HELD_OUT)
-model, config, folder = rar.load_model(sys.argv[1] if len(sys.argv) > 1 else None, {}, device)
 labels = torch.arange(500) % config.num_classes
-images = rar.sample_images(model, tok.load(folder / "tokenizer.pt"), labels, config, autocast)
+images = rar.sample_images(model, tok.tokenizer_of(config, folder), labels, config, autocast)
 print(f"held-out drawings in their class: {accuracy(classifier, *held_out):.1%}")
 print(f"samples of {folder} in their class: {accuracy(classifier, images, labels):.1%}")
