@@ -91,7 +91,7 @@ PRESETS = {
     "tiny": Config(  # for the built-in shapes: two minutes on two cores
         width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
         codebook_size=192, num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3,
-        warmup=0.05, log_every=20, save_every=500, scale=1.5, power=0.0, temperature=0.75),
+        warmup=0.05, log_every=20, save_every=500, scale=1.65, power=0.0, temperature=0.8),
     "small": Config(  # for photographs without a GPU
         width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=500,
         batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
