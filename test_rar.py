@@ -764,6 +764,20 @@ def test_train_on_photographs(photographs, capsys):
     assert newest.name in refused([*SMALL, "--run", "third"], capsys)
 
 
+def test_eval_of_weights_from_elsewhere(photographs, capsys):
+    """Weights and a tokenizer, and nothing else of a run: as with the released files."""
+    assert rar.main(SMALL) == 0
+    own = log_of(Path("runs/photos-small"))[-1]["final_order_bits"]
+    Path("other").mkdir()
+    Path("runs/photos-small/weights.pt").rename("other/rar.bin")
+    arguments = ["eval", "--weights", "other/rar.bin", "--data", "photos"]
+    assert tok.RELEASED in refused(arguments, capsys)
+    Path("runs/photos-small/tokenizer.pt").rename(Path("other") / tok.RELEASED)
+    assert rar.main(arguments) == 0
+    assert f"{own:.3f} bits/token in raster order" in capsys.readouterr().out
+    assert "10 classes, the model 2" in refused([*arguments[:3], "--data", "shapes"], capsys)
+
+
 def test_fine_tuning(photographs, capsys):
     assert rar.main([*SMALL, "--run", "first"]) == 0
     for i in range(20):

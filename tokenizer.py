@@ -1031,10 +1031,13 @@ def check_tokenizer(tokenizer, config, path, names=("grid_size", "codebook_size"
             raise UserError(f"{path} has {name} {has}, but --{name.replace('_', '-')} is {wanted}")
 
 def tokenizer_of(config, folder):
-    """The tokenizer.pt that lies beside a model's weights, and fits the model."""
+    """The tokenizer that lies beside a model's weights: tokenizer.pt, else the released file."""
     path = Path(folder) / "tokenizer.pt"
+    if not path.exists() and (released := released_tokenizer(folder)) is not None:
+        path = released
     if not path.exists():
-        raise UserError(f"there is no {path}, which the weights need beside them")
+        raise UserError(f"there is no {path}: weights need the tokenizer.pt of their run beside "
+                        f"them, the released ones {RELEASED}")
     tokenizer = load(path)
     check_tokenizer(tokenizer, config, path, ("grid_size", "codebook_size"))
     return tokenizer
@@ -1042,7 +1045,9 @@ def tokenizer_of(config, folder):
 def open_data(config, folder, device, fit=False):
     """The data set config.data as tokens, by the tokenizer.pt in the folder. With `fit`, that is
     made for the data and put there first."""
-    path = Path(folder) / "tokenizer.pt"
+    path, count = Path(folder) / "tokenizer.pt", len(class_names(config.data))
+    if count != config.num_classes:
+        raise UserError(f"--data {config.data} has {count} classes, the model {config.num_classes}")
     if config.crops not in CROPS:
         raise UserError(f"--crops {config.crops}: choose from {', '.join(CROPS)}")
     if config.data == "shapes":
