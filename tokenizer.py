@@ -998,7 +998,8 @@ def recipe(data):
     knobs on top of it, and the reason in words."""
     names = class_names(data)
     if data == "shapes":
-        return names, "tiny", {"image_size": SHAPES_SIZE, "crops": "center"}, "built-in"
+        knobs = {"image_size": SHAPES_SIZE, "crops": "center", "grid_size": 8, "codebook_size": 192}
+        return names, "tiny", knobs, "built-in"
     if len(names) != 1000:
         why = f"{len(names)} classes, not ImageNet's 1000, hence small"
         return names, "small", {"image_size": 64, "crops": "flip"}, why
