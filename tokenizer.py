@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -24,10 +25,12 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -194,15 +197,18 @@ def read_json(path):
         raise UserError(f"{path} should hold one JSON object")
     return value
 
-def read_tensors(path):
+def read_tensors(path, sha256=None):
     """The dictionary that torch.save wrote to a file; nothing in the file is ever executed.
 
     torch.load does not look at the checksums in the file, so they are verified first: a flipped
-    bit in a weight would otherwise go unnoticed.
+    bit in a weight would otherwise go unnoticed. Files of before PyTorch 1.6 have none; of these,
+    only the one whose SHA-256 is given is read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        damaged = None
+        if sha256 is None or digest(np.memmap(path, mode="r")) != sha256:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
         value = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -211,6 +217,39 @@ def read_tensors(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged or holds no dictionary of tensors")
     return value
+
+def fetch(url, sha256=None):
+    """The path of the file at a URL, which is downloaded once, into torch.hub's folder. It gets its
+    name when it is whole: as long as the server said, with this SHA-256; without one, a zip file,
+    which torch.save writes, and not the page of a proxy. Raises UserError if it can't be had."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
+    if path.exists():
+        return path
+    part, before = path.with_name(f"{path.name}.{os.getpid()}.part"), socket.getdefaulttimeout()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{path.name}.*.part*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+        socket.setdefaulttimeout(60)  # of silence; torch.hub sets no limit
+        with urllib.request.urlopen(url) as response:
+            size = response.length
+        if size is not None and size > (free := shutil.disk_usage(path.parent).free):
+            raise ValueError(f"{size / 1e9:.2f} GB, and {path.parent} has room for {free / 1e9:.2f}")
+        print(f"downloading {url} to {path}", file=sys.stderr)
+        torch.hub.download_url_to_file(url, str(part), sha256)
+        if size is not None and part.stat().st_size != size:
+            raise ValueError(f"the connection broke after {part.stat().st_size:,} of {size:,} bytes")
+        if sha256 is None and not zipfile.is_zipfile(part):
+            raise ValueError("what came is not a PyTorch file")
+        os.replace(part, path)
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(f"cannot download {url}: {error}. Try again, or get the file some other way "
+                        f"and put it at {path}") from error
+    finally:
+        socket.setdefaulttimeout(before)
+        part.unlink(missing_ok=True)
+    return path
 
 def load_strictly(module, state, path):
     """Copy a state dict into a module; UserError at the first name or shape that differs."""
@@ -544,7 +583,8 @@ def labelled_pictures(folder):
     return every, held_out
 
 def read_picture(file, crops, size):
-    """The crops (N, size, size, 3) uint8 of a picture file, or as text why there are none."""
+    """The crops (N, size, size, 3) uint8 of a picture file, or as text why there are none. Without
+    crops, the picture as it is: (1, H, W, 3)."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would never end
             return "not a regular file"
@@ -553,6 +593,8 @@ def read_picture(file, crops, size):
             with Image.open(file) as image:
                 if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale them
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                if crops is None:
+                    return np.asarray(image.convert("RGB"))[None]
                 return np.ascontiguousarray(CROPS[crops](image, size))
     except Exception as error:  # Pillow's decoders raise all kinds
         return f"{type(error).__name__}: {error}".split("\n")[0]
