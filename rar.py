@@ -267,6 +267,8 @@ def training_loss(model, tokens, labels, orders):
 
 # ---- Sampling ------------------------------------------------------------------------------------
 
+SAMPLING = ("order", "scale", "power", "temperature", "seed")  # the knobs that decide a picture
+
 def guidance_weight(step, steps, scale, power):
     """g(t) = 1 + (scale - 1) (1 - cos(pi (t / T)^power)) / 2 at token t = step of T = steps.
     From 1, which is none, at the first token to nearly scale at the last; power 0: always scale."""
@@ -318,17 +320,20 @@ def image_uniforms(seed, numbers, length):
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
-def sample_images(model, tokenizer, labels, config, autocast):
-    """Images (N, 3, H, W) of the classes `labels` (N,), by the sampling settings of config."""
-    images, device = [], model.cls_token.device
-    order = scan_order(config.order, config.grid_size).to(device)
-    for part in tqdm(torch.arange(len(labels)).split(config.micro_batch), "sampling", leave=False):
-        uniforms = image_uniforms(config.seed, part.tolist(), len(order)).to(device)
-        with autocast:
-            tokens = generate(model, labels[part].to(device), config.scale, config.power,
-                              config.temperature, uniforms=uniforms, orders=order)
-        images.append(tokenizer.decode(tokens).cpu())
-    return torch.cat(images)
+def sample_images(model, tokenizer, labels, config, autocast, numbers=None):
+    """Yield image numbers (B,) and these images (B, 3, H, W), batch by batch, until all `numbers`,
+    by default all, are through. Image i is of class labels[i], by the sampling settings of config;
+    it depends on these, the weights, the seed and i alone."""
+    numbers = torch.arange(len(labels)) if numbers is None else torch.tensor(numbers).long()
+    order, device = scan_order(config.order, config.grid_size), model.cls_token.device
+    with tqdm(total=len(numbers), desc="sampling", unit=" pictures", leave=False) as bar:
+        for part in numbers.split(config.micro_batch) if len(numbers) else ():
+            uniforms = image_uniforms(config.seed, part.tolist(), len(order)).to(device)
+            with autocast:
+                tokens = generate(model, labels[part].to(device), config.scale, config.power,
+                                  config.temperature, uniforms=uniforms, orders=order.to(device))
+            yield part, tokenizer.decode(tokens).cpu()
+            bar.update(len(part))
 
 # ---- Training ------------------------------------------------------------------------------------
 
@@ -426,7 +431,8 @@ def train(config, run, device, autocast):
         if run.is_milestone(step):
             run.report_held_out(step, evaluate(model.eval(), data.held_out, config, autocast))
             images = sample_images(model, data.tokenizer, labels, config, autocast)
-            tok.save_grid(run.preview(step), torch.cat([data.examples, images]), config.class_names)
+            images = torch.cat([data.examples, *(part for _, part in images)])
+            tok.save_grid(run.preview(step), images, config.class_names)
         if run.is_milestone(step) or run.stopped:
             run.save(step, model, optimizer)
     run.say_what_next()
@@ -445,28 +451,38 @@ def train_command(args, knobs, device, autocast):
     train(config, tok.Run(folder, config), device, autocast)
 
 def load_model(path, knobs, device):
-    """The model of a weights file or run (None: the newest run), its config, and its folder."""
+    """The model of a weights file or run (None: the newest run), its config, and its folder. To
+    weights without a config.json belong the settings of the preset of their size."""
     path = tok.find_weights(path)
     state, sizes = tok.read_weights(path)
-    config = dataclasses.replace(tok.read_config(path.parent, Config), **sizes, **knobs)
+    alike = [preset for preset in PRESETS.values()
+             if (preset.width, preset.depth) == (sizes["width"], sizes["depth"])]
+    config = tok.read_config(path.parent, [*alike, Config()][0])
+    config = dataclasses.replace(config, **sizes, **knobs)
     model = RAR(config)
     tok.load_strictly(model, state, path)
     return model.to(device).eval(), config, path.parent
 
 def sample_command(args, knobs, device, autocast):
-    model, config, folder = load_model(args.weights, knobs, device)
+    model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
     classes = tok.class_numbers(args.classes, config)
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
     tokenizer = tok.tokenizer_of(config, folder).to(device)
-    path = tok.picture_path(args.out, folder)
-    images = sample_images(model, tokenizer, labels, config, autocast)
+    settings = {name: getattr(config, name) for name in SAMPLING} | {
+        "classes": classes, "precision": args.precision,
+        "weights": tok.digest_of(model), "tokenizer": tok.digest_of(tokenizer)}
+    samples = tok.Samples(args.out, folder, count, tokenizer.image_size, settings)
+    for numbers, images in sample_images(model, tokenizer, labels, config, autocast,
+                                         samples.missing):
+        samples.put(numbers, images)
     names = config.class_names or range(config.num_classes)
-    tok.save_grid(path, images, [names[c] for c in classes])
-    print(f"{path}: {count} pictures by {folder}, seed {config.seed}")
+    samples.finish([names[c] for c in classes])
+    source = args.model or args.weights or folder
+    print(f"{samples.path}: {count:,} pictures by {source}, seed {config.seed}")
 
 def eval_command(args, knobs, device, autocast):
-    model, config, folder = load_model(args.weights, knobs, device)
+    model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
     data = tok.open_data(config, folder, device)
     result = evaluate(model, data.held_out, config, autocast)
     print(f"{folder}, {len(data.held_out):,} pictures: {tok.held_out_text(config, result)}")
@@ -474,19 +490,24 @@ def eval_command(args, knobs, device, autocast):
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
-    train = parser.command("train", train_command, "train a model on pictures", Config)
+    train = parser.command("train", train_command, "train a model on pictures", Config,
+                           precision="bfloat16")
     train.add_argument("--model", choices=PRESETS, help="preset of all flags [by the data]")
     train.add_argument("--run", help="folder to train in, or to go on in [runs/DATA-MODEL]")
     sample = parser.command("sample", sample_command, "draw pictures", Config,
-                            ("order", "scale", "power", "temperature", "micro_batch", "seed"))
+                            (*SAMPLING, "micro_batch"))
     sample.set_defaults(seed=1)  # 0 would draw the previews again
     sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
     sample.add_argument("--count", type=tok.whole_number(1), help="pictures [5 of each class]")
-    sample.add_argument("--out", help="the PNG to write [a new one in the folder of the run]")
+    sample.add_argument("--out", help="a .png for a grid, an .npz, or a folder with a / at its end "
+                        "for a PNG each [a new grid in the folder of the run]")
     evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
                                 Config, ("data", "order", "micro_batch"))
     for command in (sample, evaluation):
         command.add_argument("--weights", help="weights file or run folder [the newest run]")
+        command.add_argument("--pretrained", action="store_true",
+                             help="the released weights of --model, which are fetched once")
+        command.add_argument("--model", choices=tok.RELEASED_MODELS, help="for --pretrained")
     return parser.run(argv)
 
 if __name__ == "__main__":

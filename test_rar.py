@@ -11,10 +11,15 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -564,7 +569,11 @@ def test_mistakes_with_a_run(workplace, capsys):
             (["sample", "--order", "zigzag"], "--order zigzag"),
             (["sample", "--seed", "-1"], "--seed"),
             (["sample", "--out", "runs/a/weights.pt/x.png"], "--out"),
-            (["sample", "--out", "runs"], "--out"),
+            (["sample", "--out", "nowhere/samples"], "with a / at its end"),
+            (["sample", "--out", "x.png", "--count", "20000"], "too many for a grid"),
+            (["sample", "--model", "RAR-B"], "--pretrained"),
+            (["sample", "--pretrained"], "--model RAR-B | RAR-L"),
+            (["sample", "--pretrained", "--model", "RAR-M"], "--model"),
             (["sample", "--out", "picture.gif"], "--out"),
             (["sample", "--weights", "runs/a/tokenizer.pt"], "tokenizer.pt"),
             (["sample", "--coun", "3"], "--coun"),
@@ -771,8 +780,8 @@ def test_eval_of_weights_from_elsewhere(photographs, capsys):
     Path("other").mkdir()
     Path("runs/photos-small/weights.pt").rename("other/rar.bin")
     arguments = ["eval", "--weights", "other/rar.bin", "--data", "photos"]
-    assert tok.RELEASED in refused(arguments, capsys)
-    Path("runs/photos-small/tokenizer.pt").rename(Path("other") / tok.RELEASED)
+    assert "other/tokenizer.pt" in refused(arguments, capsys)
+    Path("runs/photos-small/tokenizer.pt").rename("other/tokenizer.pt")
     assert rar.main(arguments) == 0
     assert f"{own:.3f} bits/token in raster order" in capsys.readouterr().out
     assert "10 classes, the model 2" in refused([*arguments[:3], "--data", "shapes"], capsys)
@@ -878,3 +887,220 @@ def test_reconstruct(photographs, capsys):
         capsys.readouterr()
         assert tok.main(["reconstruct", "--tokenizer", "run", *arguments]) == 2
         assert named in capsys.readouterr().err
+
+
+# ---- Released files and many samples -------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(workplace, monkeypatch):
+    """A model hub on this machine. hub["name"] = bytes is what it has; "cut" says to break off in
+    the middle of a file, "lie" to send half of it as if it were all; `asked` lists the requests."""
+
+    class Hub(dict):
+        mode, asked = None, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            hub.asked.append(self.path)
+            body = hub.get(self.path.split("/")[-1])
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            if body is not None:
+                self.wfile.write(body if hub.mode is None else body[:len(body) // 2])
+
+        def log_message(self, *args):
+            pass
+
+    hub, server = Hub(), ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetch(hub, workplace):
+    torch.save({"x": torch.arange(100_000)}, "x.bin")
+    good = Path("x.bin").read_bytes()
+    right, checkpoints = hashlib.sha256(good).hexdigest(), workplace / "torch/hub/checkpoints"
+
+    def fails(sha256=None):
+        with pytest.raises(tok.UserError, match="put it at .*x.bin") as error:
+            tok.fetch_released("owner/name", "x.bin", sha256)
+        assert os.listdir(checkpoints) == [] and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "404" in fails()
+    hub["x.bin"] = b"<html>Please log in</html>"
+    assert "not a PyTorch file" in fails()
+    assert "invalid hash" in fails(right)
+    hub["x.bin"], hub.mode = good, "cut"
+    assert f"broke after {len(good) // 2}" in fails()
+    assert "cannot download" in fails(right)
+    hub.mode = None
+    assert "invalid hash" in fails("0" * 64)
+    left = checkpoints / "x.bin.123.part.456.partial"  # by a process that was killed long ago
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    hub.asked.clear()
+    path = tok.fetch_released("owner/name", "x.bin", right)
+    assert path.read_bytes() == good and os.listdir(checkpoints) == ["x.bin"]
+    assert set(hub.asked) == {"/owner/name/resolve/main/x.bin"}
+    hub.clear()
+    assert tok.fetch_released("owner/name", "x.bin", right) == path  # once is enough
+    path.unlink()
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert "refused" in fails()
+
+
+def test_pretrained(hub, capsys, monkeypatch):
+    """From two files on a hub to a grid, with the settings of the model's size."""
+    config = dataclasses.replace(PRESETS["RAR-XL"], width=32, depth=1, heads=2, mlp_width=32,
+                                 num_classes=5)
+    monkeypatch.setitem(PRESETS, "RAR-XL", config)
+    torch.manual_seed(0)
+    torch.save(RAR(config).state_dict(), "model")
+    torch.save(closed_form(tok.MaskGITVQGAN()).state_dict(), "tokenizer")
+    hub["rar_xl.bin"] = Path("model").read_bytes()
+    hub[tok.RELEASED] = Path("tokenizer").read_bytes()
+    sample = ["sample", "--model", "RAR-XL", "--pretrained", "--count", "2", "--out", "x.png"]
+    assert "invalid hash" in refused(sample, capsys, last_line=True)
+    released = hashlib.sha256(hub["rar_xl.bin"]).hexdigest()
+    monkeypatch.setitem(tok.RELEASED_MODELS, "RAR-XL", ("rar_xl.bin", released))
+    assert rar.main(sample) == 0
+    hub.clear()
+    assert rar.main([*sample[:-1], "y.npz"]) == 0
+    settings = json.loads(tok.zipfile.ZipFile("y.npz").comment)
+    assert (settings["scale"], settings["power"], settings["temperature"]) == (6.9, 1.5, 1.02)
+    images = np.load("y.npz")["arr_0"]
+    assert images.shape == (2, 256, 256, 3)
+    with Image.open("x.png") as grid:
+        assert np.array_equal(np.asarray(grid)[26:282, 4:260], images[0])
+    assert rar.main(["sample", "--weights", "model", "--count", "1", "--out", "z.npz"]) == 0
+    assert np.array_equal(np.load("z.npz")["arr_0"][0], images[0])
+
+
+def test_weights_survive_the_round_trip(workplace):
+    assert rar.main(TRAIN) == 0
+    model, config, folder = rar.load_model(None, {}, torch.device("cpu"))
+    written = torch.load("runs/shapes-tiny/weights.pt", weights_only=True)
+    assert written.keys() == dict(model.named_parameters()).keys()  # a state dict, nothing else
+    tok.write_tensors("again.pt", model.state_dict())
+    tokenizer = closed_form(tok.MaskGITVQGAN())
+    tok.write_tensors("tokenizer.pt", tokenizer.state_dict())
+    for state, again in ((written, tok.read_tensors("again.pt")),
+                         (tokenizer.state_dict(), tok.load("tokenizer.pt").state_dict())):
+        assert state.keys() == again.keys()
+        assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+NPZ = ["sample", "--count", "23", "--device", "cpu"]
+
+
+@pytest.fixture
+def trained(workplace):
+    assert rar.main(TRAIN) == 0
+
+
+def test_npz(trained, capsys):
+    model, config, folder = rar.load_model(None, {"seed": 1}, torch.device("cpu"))
+    tokenizer = tok.tokenizer_of(config, folder)
+    for micro_batch in ("8", "5"):
+        arguments = ["--micro-batch", micro_batch, "--out", f"{micro_batch}.npz"]
+        assert rar.main([*NPZ, *arguments]) == 0
+    assert "23 of 23 pictures to make" in capsys.readouterr().out
+    with np.load("8.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"]
+        images = file["arr_0"]
+    assert images.shape == (23, 32, 32, 3) and images.dtype == np.uint8
+    assert (np.load("5.npz")["arr_0"] != images).any(axis=(1, 2, 3)).mean() <= 0.01
+    # image i is of class i % 10, and truncated
+    order = torch.arange(64)
+    tokens = generate(model, torch.arange(23) % 10, config.scale, config.power, config.temperature,
+                      uniforms=rar.image_uniforms(1, range(23), 64), orders=order)
+    assert np.array_equal(tok.to_uint8(tokenizer.decode(tokens)), images)
+    assert rar.main([*NPZ, "--out", "folder/"]) == 0
+    assert len(os.listdir("folder")) == 23
+    assert np.array_equal(np.asarray(Image.open("folder/000022.png")), images[22])
+    for name in ("8.npz", "folder"):
+        assert "other settings" in refused([*NPZ, "--seed", "2", "--out", name], capsys)
+
+
+def test_sampling_goes_on_after_a_kill(trained, capsys, monkeypatch):
+    """Ctrl-C after every other batch: no picture is made twice, and the file is the same."""
+    assert rar.main([*NPZ, "--micro-batch", "4", "--out", "whole.npz"]) == 0
+    put, made = tok.Samples.put, []
+
+    def interrupted(self, numbers, images):
+        put(self, numbers, images)
+        made.extend(numbers.tolist())
+        if len(made) in (8, 16):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tok.Samples, "put", interrupted)
+    arguments = [*NPZ, "--micro-batch", "4", "--out", "parts.npz"]
+    for _ in range(2):
+        assert rar.main(arguments) == 130
+        assert not Path("parts.npz").exists()
+    assert "other settings" in refused([*arguments, "--scale", "2"], capsys)
+    Path("parts.npz.parts/000003.png").write_bytes(b"half")
+    assert rar.main(arguments) == 0
+    assert sorted(made) == sorted([*range(23), 3])
+    assert Path("parts.npz").read_bytes() == Path("whole.npz").read_bytes()
+    assert not Path("parts.npz.parts").exists()
+    assert rar.main(arguments) == 0  # it is there: nothing is made
+    assert len(made) == 24
+
+
+def test_no_room_for_the_samples(trained, capsys, monkeypatch):
+    usage = tok.shutil.disk_usage(".")
+    monkeypatch.setattr(tok.shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    assert "GB" in refused([*NPZ, "--out", "x.npz"], capsys)
+
+
+def torchrun(*arguments):
+    """Run a command in two processes that talk by gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_sampling_with_two_processes(trained):
+    assert rar.main([*NPZ, "--micro-batch", "4", "--out", "one.npz"]) == 0
+    result = torchrun(rar.__file__, *NPZ, "--micro-batch", "4", "--out", "two.npz")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("23 pictures") == 2  # rank 0 alone talks: to make, made
+    one, two = (np.load(name)["arr_0"] for name in ("one.npz", "two.npz"))
+    assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.01
+
+    Path("dies.py").write_text("""
+import sys, rar, tokenizer
+def put(self, numbers, images):
+    if tokenizer.RANK == 1:
+        raise tokenizer.UserError("rank 1 is out of luck")
+tokenizer.Samples.put = put
+sys.exit(rar.main())
+""")
+    os.environ["PYTHONPATH"] = str(Path(rar.__file__).parent)
+    result = torchrun("dies.py", *NPZ, "--out", "three.npz")
+    assert result.returncode != 0 and not Path("three.npz").exists()
+    assert "rank 1: error: rank 1 is out of luck" in result.stderr
+
+
+def test_draws_follow_the_softmax(model):
+    """20,000 first and second tokens of one class against the model's own probabilities."""
+    uniforms = rar.image_uniforms(11, range(20_000), 16)
+    labels = torch.full((500,), 4)
+    with torch.no_grad():
+        tokens = torch.cat([generate(model, labels, 0, 0, 1.3, uniforms=part)[:, :2]
+                            for part in uniforms.split(500)])
+        logits = model(torch.arange(32)[:, None].expand(32, 16), labels[:32],
+                       torch.arange(16).expand(32, 16)) / 1.3
+    first, second = logits[0, 0].softmax(-1), logits[:, 1].softmax(-1)  # (V,), (first V, second V)
+    for drawn, expected in ((tokens[:, 0], first), (tokens[:, 1], first @ second)):
+        expected = expected.double() / expected.double().sum() * 20_000
+        counts = torch.bincount(drawn, minlength=32)
+        assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3
