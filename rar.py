@@ -47,7 +47,7 @@ class Config:
     class_names: tuple = ()
     image_size: int = knob(256, "pixels a side", 1)
     crops: str = knob("ten", "of a photograph: ten, flip or center")
-    tokenizer: str = knob("patch", "patch, which is fitted to the data, or a tokenizer's file")
+    tokenizer: str = knob("patch", "patch, fitted to the data; released, fetched; or a file")
     grid_size: int = knob(16, "cells a side: a picture is T = grid_size^2 tokens", 1, 64)
     codebook_size: int = knob(1024, "V, the number of different tokens", 1, 65536)
     # The network
