@@ -325,16 +325,20 @@ def test_draw():
 
 
 def test_draw_batch_is_a_function_of_seed_and_step():
-    config = dataclasses.replace(TINY, batch=8, label_dropout=0.5, seed=3)
+    config = dataclasses.replace(TINY, batch=8, label_dropout=0.5, seed=3, steps=10)
     rows = np.arange(20 * 17).reshape(20, 17).astype(np.uint16)
-    batch = rar.draw_batch(rows, config, 5, 0.5)
-    for again, first in zip(rar.draw_batch(rows, config, 5, 0.5), batch):
+    batch = rar.draw_batch(rows, config, 6)
+    for again, first in zip(rar.draw_batch(rows, config, 6), batch):
         assert np.array_equal(again, first)
-    tokens, labels, orders, _ = batch
+    halves = [rar.draw_batch(rows, config, 6, rank, 2) for rank in (0, 1)]
+    for first, second, whole in zip(*halves, batch):
+        assert np.array_equal(np.concatenate([first, second]) if np.ndim(whole) else first, whole)
+    tokens, labels, orders, _, r = batch
+    assert r == pytest.approx(0.6)
     assert (tokens[:, 0] == tokens[:, 1] - 1).all() and tokens.shape == orders.shape == (8, 16)
     assert 0 < (labels == 10).sum() < 8
     # every pass visits every row once, in its own order, whatever the batch
-    visits = np.concatenate([rar.draw_batch(rows, config, step, 0)[0][:, 0] for step in range(5)])
+    visits = np.concatenate([rar.draw_batch(rows, config, step)[0][:, 0] for step in range(5)])
     assert len(set(visits[:20])) == len(set(visits[20:])) == 20
     assert visits[:20].tolist() != visits[20:].tolist()
 
@@ -345,7 +349,8 @@ def test_micro_batches_add_up_to_the_batch(model):
     for micro_batch in (8, 3):
         config = dataclasses.replace(TINY, batch=8, steps=10, warmup=0.0, micro_batch=micro_batch)
         model = closed_form(RAR(TINY))
-        line = rar.train_step(model, rar.make_optimizer(model, config), config, rows, 0,
+        line = rar.train_step(model, rar.make_optimizer(model, config), config,
+                              rar.draw_batch(rows, config, 0), 0,
                               torch.autocast("cpu", enabled=False))
         weights.append(model.lm_head.weight.detach())
         assert line["r"] == 1 and line["lr"] == config.lr
@@ -430,7 +435,8 @@ def workplace(tmp_path, monkeypatch):
 
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")}
+            for line in lines]
 
 
 def test_train_sample_eval(workplace, capsys):
@@ -438,15 +444,18 @@ def test_train_sample_eval(workplace, capsys):
     run = workplace / "runs" / "shapes-tiny"
     assert "next: python rar.py sample\n" in capsys.readouterr().out
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "tokenizer.pt", "checkpoint.pt", "weights.pt", "log.jsonl",
-        "step-000004.png", "step-000006.png"}
+        "config.json", "tokenizer.pt", "weights.pt", "log.jsonl", "checkpoint-0000003.pt",
+        "checkpoint-0000004.pt", "checkpoint-0000006.pt", "step-000003.png", "step-000004.png",
+        "step-000006.png"}
     with Image.open(run / "step-000006.png") as picture:
         assert picture.size == (10 * 68 + 4, 5 * 68 + 4 + 22)
     lines = log_of(run)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 6]
-    assert lines[0].keys() == {"step", "loss", "accuracy", "r", "lr", "gradient_norm"}
-    assert lines[-1].keys() == {"step", "final_order_bits", "final_order_accuracy",
-                                "random_order_bits", "random_order_accuracy"}
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["r"] for line in lines] == pytest.approx([1, 1, 1, 1, 1 / 3, 0])
+    assert [line["passes"] for line in lines] == pytest.approx([0.16 * n for n in range(1, 7)])
+    assert lines[0].keys() == {"step", "loss", "accuracy", "r", "lr", "gradient_norm", "passes"}
+    assert lines[-1].keys() - lines[0].keys() == {
+        "final_order_bits", "final_order_accuracy", "random_order_bits", "random_order_accuracy"}
     assert rar.main(TRAIN) == 0
     assert "is finished: 6 updates" in capsys.readouterr().out
 
@@ -486,6 +495,59 @@ def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert log_of(Path("whole")) == log_of(Path("parts"))
     assert Path("whole/step-000006.png").read_bytes() == Path("parts/step-000006.png").read_bytes()
+
+
+def test_checkpoints(workplace, capsys):
+    """The last two are kept, every Nth, and the one where annealing begins; each can be sampled; an
+    unreadable one falls back to the one before."""
+    train = [*TRAIN, "--save-every", "1", "--steps", "12", "--anneal", "0.2", "0.75", "--keep-every"]
+    assert rar.main([*train, "5"]) == 0
+    run = Path("runs/shapes-tiny")
+    assert sorted(int(p.stem[11:]) for p in run.glob("check*")) == [3, 5, 10, 11, 12]
+    weights = (run / "weights.pt").read_bytes()
+    assert log_of(run)[2]["r"] == 1 > log_of(run)[3]["r"]
+    for name in ("weights.pt", "checkpoint-0000012.pt"):
+        assert rar.main(["sample", "--weights", str(run / name), "--out", name[0] + ".png"]) == 0
+    assert Path("w.png").read_bytes() == Path("c.png").read_bytes()
+    assert rar.main(["sample", "--weights", str(run / "checkpoint-0000003.pt")]) == 0
+    for name in ("checkpoint-0000012.pt", "checkpoint-0000011.pt"):
+        (run / name).write_bytes((run / name).read_bytes()[:-500])
+    capsys.readouterr()
+    assert rar.main([*train, "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("going on from the checkpoint before") == 2
+    assert [line["step"] for line in log_of(run)] == list(range(1, 13))
+    assert (run / "weights.pt").read_bytes() == weights
+    for path in run.glob("checkpoint*"):
+        path.write_bytes(b"")
+    assert "checkpoint-0000003.pt" in refused([*train, "4"], capsys)
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient_norm"])
+def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, wrong):
+    step_of = rar.train_step
+
+    def diverged(network, optimizer, config, batch, step, autocast):
+        line = step_of(network, optimizer, config, batch, step, autocast)
+        return line | {wrong: line[wrong] * (math.nan if step == 4 else 1)}
+
+    monkeypatch.setattr(rar, "train_step", diverged)
+    error = refused([*TRAIN, "--log-every", "6"], capsys, last_line=True)
+    assert "update 5" in error and "checkpoint-0000004.pt" in error and "--lr" in error
+    assert sorted(p.name for p in Path("runs/shapes-tiny").glob("check*"))[-1].endswith("4.pt")
+    state = tok.read_tensors("runs/shapes-tiny/weights.pt")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_recompute_gives_the_same_gradients():
+    config = dataclasses.replace(TINY, dropout=0.3)
+    gradients = []
+    for recompute in (False, True):
+        model = closed_form(RAR(dataclasses.replace(config, recompute=recompute))).train()
+        torch.manual_seed(5)
+        rar.training_loss(model, TOKENS, LABELS, ORDERS)[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 def test_resume_after_a_kill(workplace, monkeypatch):
@@ -590,10 +652,12 @@ def test_mistakes_with_a_run(workplace, capsys):
         assert "weights.pt" in refused(["sample"], capsys)
     assert rar.main([*TRAIN, "--run", "runs/a"]) == 0  # which makes weights.pt anew
     assert (run / "weights.pt").read_bytes() == weights
-    checkpoint = (run / "checkpoint.pt").read_bytes()
-    (run / "checkpoint.pt").unlink()
-    assert "no checkpoint.pt" in refused([*TRAIN, "--run", "runs/a"], capsys)
-    (run / "checkpoint.pt").write_bytes(checkpoint)
+    for number in (3, 4):
+        (run / f"checkpoint-000000{number}.pt").unlink()
+    newest = run / "checkpoint-0000006.pt"
+    newest.rename("away")
+    assert "no checkpoint" in refused([*TRAIN, "--run", "runs/a"], capsys)
+    Path("away").rename(newest)
     tokenizer = (run / "tokenizer.pt").read_bytes()
     tok.write_tensors(run / "tokenizer.pt", tok.PatchTokenizer(4, 8, 16).state_dict())
     assert "grid_size 4" in refused(["sample"], capsys)
@@ -602,9 +666,9 @@ def test_mistakes_with_a_run(workplace, capsys):
     assert "tokenizer.pt" in refused(["eval"], capsys)
     (run / "tokenizer.pt").write_bytes(tokenizer[:500])
     assert "tokenizer.pt" in refused(["sample"], capsys)
-    state = tok.read_tensors(run / "checkpoint.pt")
+    state = tok.read_tensors(newest)
     state["model"]["lm_head.weight"] = torch.zeros(7, 7)
-    tok.write_tensors(run / "checkpoint.pt", state)
+    tok.write_tensors(newest, state)
     Path("runs/a/config.json").write_text(
         Path("runs/a/config.json").read_text().replace('"steps": 6', '"steps": 7'))
     arguments = [*TRAIN, "--run", "runs/a", "--steps", "7"]

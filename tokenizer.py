@@ -94,8 +94,10 @@ class Parser(argparse.ArgumentParser):
             if knobs is None or field.name in knobs:
                 several = isinstance(field.default, tuple)
                 kind = type(field.default[0] if several else field.default)
-                command.add_argument(flag(field), type=kind, help=field.metadata["why"],
-                                     nargs=len(field.default) if several else None)
+                how = {"type": kind, "nargs": len(field.default) if several else None}
+                if kind is bool:
+                    how = {"action": argparse.BooleanOptionalAction}
+                command.add_argument(flag(field), help=field.metadata["why"], **how)
         command.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
         command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
                              help=f"of matrix products [{precision} on cuda, else float32]")
@@ -182,7 +184,7 @@ def processes(device):
         torch.cuda.set_device(device)
     # The others wait for rank 0 while it makes the tokens of a data set; that takes hours. Whether
     # a process has died is for torchrun to notice, not for a time limit.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(days=1))
     with open(os.devnull, "w") as silence, contextlib.ExitStack() as stack:
         if RANK > 0:
@@ -191,9 +193,14 @@ def processes(device):
         yield
     dist.destroy_process_group()  # not after an error: the others would fail before it is told
 
+def sum_over_processes(tensor):
+    """Add up a tensor over the processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
 def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
+    sum_over_processes(torch.zeros(1))
 
 @contextlib.contextmanager
 def rank_zero_first():
@@ -203,6 +210,18 @@ def rank_zero_first():
     yield
     if RANK == 0:
         wait_for_all()
+
+def check_same_on_all(config, rows):
+    """Raise UserError if this process has another config or other data than rank 0."""
+    if WORLD_SIZE > 1:
+        about = json.dumps(dataclasses.asdict(config)).encode()
+        checksums = torch.zeros(WORLD_SIZE, 2, dtype=torch.int64)
+        checksums[RANK] = torch.tensor([zlib.crc32(about), zlib.crc32(rows)])
+        for own, first, what in zip(checksums[RANK].tolist(),
+                                    sum_over_processes(checksums)[0].tolist(),
+                                    ("other flags", f"other data in {config.data}")):
+            if own != first:
+                raise UserError(f"this process has {what} than rank 0")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
@@ -265,7 +284,8 @@ def read_tensors(path, sha256=None):
         if sha256 is None or digest(np.memmap(path, mode="r")) != sha256:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-        value = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        value = None if damaged else torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever a foreign file makes the two parsers raise
@@ -362,8 +382,10 @@ def find_weights(path):
     return path
 
 def read_weights(path):
-    """A RAR's state dict, and the sizes in its Config as they follow from the shapes."""
+    """A RAR's state dict, of a weights file or of a run's checkpoint, and the sizes in its Config
+    as they follow from the shapes."""
     state = read_tensors(path)
+    state = state["model"] if state.keys() == CHECKPOINT else state
     try:
         ids, width = state["embeddings.weight"].shape
         codebook_size = len(state["lm_head.bias"])
@@ -418,25 +440,38 @@ def held_out_text(config, result):
         f"({result[key + '_accuracy']:.0%} of tokens right)"
         for name, key in ((config.order, "final_order"), ("random", "random_order")))
 
+CHECKPOINT = {"updates", "model", "optimizer"}  # what a checkpoint holds
+
 class Run:
-    """The folder of a training run: config.json, tokenizer.pt, checkpoint.pt (all that is needed to
-    go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
+    """The folder of a training run: config.json, tokenizer.pt, checkpoint-*.pt (all that is needed
+    to go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
 
     # What may change while a run goes on, since no weight follows from it but by rounding.
-    free = ("micro_batch", "log_every", "save_every", "scale", "power", "temperature")
+    free = ("micro_batch", "recompute", "log_every", "save_every", "keep_every", "scale", "power",
+            "temperature")
 
     def __init__(self, folder, config):
-        self.folder, self.config, self.stopped = Path(folder), config, False
+        self.folder, self.config = Path(folder), config
+        # asked: a signal came to this process; stopped: one came to any, and all know it
+        self.asked = self.stopped = False
         check_folder(self.folder, f"--run {folder}")
+        if config.batch % WORLD_SIZE:
+            raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
+
+    def checkpoints(self):
+        """The checkpoints by their number of updates, the newest first."""
+        found = {int(path.stem.split("-")[1]): path
+                 for path in self.folder.glob("checkpoint-" + "[0-9]" * 7 + ".pt")}
+        return dict(sorted(found.items(), reverse=True))
 
     def load(self, model, optimizer):
-        """Copy the checkpoint, if there is one, into both. Returns the updates that were made.
-        Raises UserError if the checkpoint is that of another config."""
-        path, weights = self.folder / "checkpoint.pt", self.folder / "weights.pt"
-        if weights.exists() and not path.exists():
-            raise UserError(f"{self.folder} holds weights.pt but no checkpoint.pt to go on from: "
+        """Copy the newest checkpoint that can be read, if there is one, into both. Returns the
+        updates that were made. Raises UserError if it is that of another config."""
+        weights, there = self.folder / "weights.pt", self.checkpoints()
+        if weights.exists() and not there:
+            raise UserError(f"{self.folder} holds weights.pt but no checkpoint to go on from: "
                             "name another folder with --run")
-        if not path.exists():
+        if not there:
             return 0
         saved = read_config(self.folder, self.config)
         for field in dataclasses.fields(saved):
@@ -444,43 +479,64 @@ class Run:
             if old != new and field.name not in self.free:
                 raise UserError(f"{self.folder} holds a run with {flag(field)} {old}, not {new}: "
                                 "name another folder with --run")
-        state = read_tensors(path)
-        if state.keys() != {"updates", "model", "optimizer"}:
-            raise UserError(f"{path} is not the checkpoint of a run")
+        for path in there.values():
+            try:
+                state = read_tensors(path)
+                if state.keys() != CHECKPOINT:
+                    raise UserError(f"{path} is not the checkpoint of a run")
+                break
+            except UserError as error:
+                if path == list(there.values())[-1]:
+                    raise
+                print(f"{error}; going on from the checkpoint before it")
         load_strictly(model, state["model"], path)
         optimizer.load_state_dict(state["optimizer"])
-        write_tensors(weights, state["model"])  # in case a kill came between the two files
+        if RANK == 0:
+            write_tensors(weights, state["model"])  # in case a kill came between the two files
         return state["updates"]
 
     def save(self, step, model, optimizer):
-        weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        write_tensors(self.folder / "checkpoint.pt", {
-            "updates": step + 1, "model": weights, "optimizer": optimizer.state_dict()})
+        if RANK > 0:
+            return
+        done, weights = step + 1, {n: tensor.cpu() for n, tensor in model.state_dict().items()}
+        write_tensors(self.folder / f"checkpoint-{done:07}.pt", {
+            "updates": done, "model": weights, "optimizer": optimizer.state_dict()})
         write_tensors(self.folder / "weights.pt", weights)
+        every = self.config.keep_every
+        for number, path in list(self.checkpoints().items())[2:]:
+            if number != self.annealing_starts() and not (every and number % every == 0):
+                with contextlib.suppress(OSError):  # not worth ending a run
+                    path.unlink()
 
-    def updates(self, first):
-        """Yield the updates first .. steps - 1 under a progress bar. On Ctrl-C or SIGTERM, the one
-        in hand is the last: `stopped` is set, to be saved before the next is asked for."""
-        write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-        # what was logged after the checkpoint is made again
-        self.log_path, kept = self.folder / "log.jsonl", []
-        if self.log_path.exists():
-            for line in self.log_path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or worse
-                    if json.loads(line)["step"] <= first:
-                        kept.append(line.decode())
-        with replacing(self.log_path) as beside:
-            beside.write_text("".join(line + "\n" for line in kept))
+    def annealing_starts(self):
+        """The number of updates after which r leaves 1: the last of a model for any order."""
+        return math.ceil(self.config.anneal[0] * self.config.steps)
+
+    def updates(self, first, images):
+        """Yield the updates first .. steps - 1 under a progress bar; a pass is of so many `images`.
+        On Ctrl-C or SIGTERM, the one in hand is the last: `stopped` is set, to be saved before the
+        next is asked for."""
+        self.log_path, self.images, kept = self.folder / "log.jsonl", images, []
+        if RANK == 0:
+            write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+            # what was logged after the checkpoint is made again
+            if self.log_path.exists():
+                for line in self.log_path.read_bytes().splitlines():
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+                        if json.loads(line)["step"] <= first:
+                            kept.append(line.decode())
+            with replacing(self.log_path) as beside:
+                beside.write_text("".join(line + "\n" for line in kept))
 
         def note(number, frame):
-            self.stopped = True
+            self.asked = True
             signal.signal(number, previous[number])  # the second one strikes at once
             tqdm.write("stopping after this update", file=sys.stderr)
 
         previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.config.steps, initial=first,
                         bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|")
-        self.logged, self.clock = first, time.perf_counter()
+        self.start_clock()
         try:
             with self.bar:
                 for step in range(first, self.config.steps):
@@ -491,9 +547,21 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def start_clock(self):
+        """Begin anew what is gathered between two lines of the log."""
+        self.clock, self.waited, self.lines = time.perf_counter(), 0.0, []
+
+    def wait_for(self, future):
+        """The result of a future; the time that it takes is logged as waiting."""
+        begin = time.perf_counter()
+        result = future.result()
+        self.waited += time.perf_counter() - begin
+        return result
+
     def is_milestone(self, step):
         done = step + 1
-        return done % self.config.save_every == 0 or done == self.config.steps
+        return (done % self.config.save_every == 0
+                or done in (self.annealing_starts(), self.config.steps))
 
     def preview(self, step):
         return self.folder / f"step-{step + 1:06}.png"
@@ -502,24 +570,38 @@ class Run:
         """Move the bar, and on every log_every-th update log what the step said of itself."""
         done = step + 1
         self.bar.update()
-        if done == 1 or done % self.config.log_every == 0 or self.is_milestone(step):
-            rate = (done - self.logged) * self.config.batch / (time.perf_counter() - self.clock)
-            line = {key: float(value) for key, value in line.items()} | {"images_per_second": rate}
-            self.log(step, line)
-            self.bar.set_postfix_str(
-                f"loss {line['loss']:.3f}, r {line['r']:.2f}, {rate:,.0f} images/s")
-            if not math.isfinite(line["loss"]):
-                raise UserError(f"the loss is {line['loss']} after {done} updates; {self.folder} "
-                                "keeps the checkpoint before that. Try a lower --lr or --clip")
+        self.lines.append(line)
+        self.stopped = sum_over_processes(torch.tensor(float(self.asked))) > 0
+        if not (done == 1 or done % self.config.log_every == 0 or self.is_milestone(step)
+                or self.stopped):
+            return
+        # only here is the device waited for: the loss of every update since the last line
+        for past, each in enumerate(self.lines, done - len(self.lines) + 1):
+            if not all(math.isfinite(each[key]) for key in ("loss", "gradient_norm")):
+                there = next(iter(self.checkpoints().values()), "no checkpoint yet")
+                raise UserError(
+                    f"update {past}: the loss is {float(each['loss'])}, the norm of its gradient "
+                    f"{float(each['gradient_norm'])}. {self.folder} is as it was (last good: "
+                    f"{there}). Try a lower --lr, a longer --warmup or --precision float32")
+        seconds, batch = time.perf_counter() - self.clock, self.config.batch
+        self.line = {key: float(value) for key, value in line.items()} | {
+            "images_per_second": len(self.lines) * batch / seconds,
+            "waiting": self.waited / seconds, "passes": done * batch / self.images}
+        self.bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}, "
+                                 "{images_per_second:,.0f} images/s".format(**self.line))
+        if not self.is_milestone(step) and (done % self.config.log_every == 0 or done == 1):
+            self.log(step, self.line)
+        self.start_clock()
 
     def report_held_out(self, step, result):
-        self.log(step, result)
+        self.log(step, self.line | result)
         self.bar.write(f"step {step + 1}: {held_out_text(self.config, result)}")
+        self.start_clock()
 
     def log(self, step, line):
-        with writing(self.log_path), open(self.log_path, "a") as file:
-            file.write(json.dumps({"step": step + 1} | line) + "\n")
-        self.logged, self.clock = step + 1, time.perf_counter()
+        if RANK == 0:
+            with writing(self.log_path), open(self.log_path, "a") as file:
+                file.write(json.dumps({"step": step + 1} | line) + "\n")
 
     def say_what_next(self):
         """Say how it ended and what to type next. Raises KeyboardInterrupt if it was stopped."""
@@ -616,6 +698,8 @@ CROPS = {
     "center": lambda image, size: center_crop(image, size)[None],
 }
 
+CROP_COUNTS = {"ten": 10, "flip": 2, "center": 1}
+
 LAYOUT = "expected DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/val/CLASS/PICTURE"
 
 def class_folders(folder):
@@ -693,7 +777,9 @@ class Chunks(torch.utils.data.Dataset):
 
 def read_pictures(files, crops, size):
     """Yield what read_picture makes of each file, in order; worker processes do it."""
-    workers = min(-(-len(files) // 16), torch.get_num_threads())
+    # not torch.get_num_threads(), which is 1 under torchrun
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(-(-len(files) // 16), cores)
     loader = torch.utils.data.DataLoader(
         Chunks(files, crops, size), batch_size=None, num_workers=workers, collate_fn=list)
     for chunk in loader:
