@@ -483,7 +483,7 @@ def train_command(args, knobs, device, autocast):
     print(f"{config.data}: {why}: {model}, {config.image_size} pixels, tokenizer "
           f"{config.tokenizer}, crops {config.crops}")
     scan_order(config.order, config.grid_size)  # refuses a wrong name before anything is written
-    folder = args.run or f"runs/{tok.title(config.data)}-{model}"
+    folder = args.out or f"runs/{tok.title(config.data)}-{model}"
     train(config, tok.Run(folder, config), device, autocast)
 
 def load_model(path, knobs, device):
@@ -529,7 +529,7 @@ def main(argv=None):
     train = parser.command("train", train_command, "train a model on pictures", Config,
                            precision="bfloat16")
     train.add_argument("--model", choices=PRESETS, help="preset of all flags [by the data]")
-    train.add_argument("--run", help="folder to train in, or to go on in [runs/DATA-MODEL]")
+    train.add_argument("--out", help="folder to train in, or to go on in [runs/DATA-MODEL]")
     sample = parser.command("sample", sample_command, "draw pictures", Config,
                             (*SAMPLING, "micro_batch"))
     sample.set_defaults(seed=1, micro_batch=64)  # seed 0 would draw the previews again

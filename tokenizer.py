@@ -454,7 +454,7 @@ class Run:
         self.folder, self.config = Path(folder), config
         # asked: a signal came to this process; stopped: one came to any, and all know it
         self.asked = self.stopped = False
-        check_folder(self.folder, f"--run {folder}")
+        check_folder(self.folder, f"--out {folder}")
         if config.batch % WORLD_SIZE:
             raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
 
@@ -470,7 +470,7 @@ class Run:
         weights, there = self.folder / "weights.pt", self.checkpoints()
         if weights.exists() and not there:
             raise UserError(f"{self.folder} holds weights.pt but no checkpoint to go on from: "
-                            "name another folder with --run")
+                            "name another folder with --out")
         if not there:
             return 0
         saved = read_config(self.folder, self.config)
@@ -478,7 +478,7 @@ class Run:
             old, new = getattr(saved, field.name), getattr(self.config, field.name)
             if old != new and field.name not in self.free:
                 raise UserError(f"{self.folder} holds a run with {flag(field)} {old}, not {new}: "
-                                "name another folder with --run")
+                                "name another folder with --out")
         for path in there.values():
             try:
                 state = read_tensors(path)
