@@ -452,7 +452,9 @@ def train(config, run, device, autocast):
     with tok.rank_zero_first():
         data = tok.open_data(config, run.folder, device, fit=first == 0 and tok.RANK == 0)
     tok.check_same_on_all(config, data.train)
-    network = DistributedDataParallel(model) if tok.WORLD_SIZE > 1 else model
+    network = model
+    if tok.WORLD_SIZE > 1:
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
     with ThreadPoolExecutor(1) as ahead:  # draws the next batch during an update
         def draw(step):
