@@ -500,7 +500,8 @@ def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
 def test_checkpoints(workplace, capsys):
     """The last two are kept, every Nth, and the one where annealing begins; each can be sampled; an
     unreadable one falls back to the one before."""
-    train = [*TRAIN, "--save-every", "1", "--steps", "12", "--anneal", "0.2", "0.75", "--keep-every"]
+    train = [*TRAIN, "--save-every", "1", "--steps", "12", "--anneal", "0.2", "0.75",
+             "--keep-every"]
     assert rar.main([*train, "5"]) == 0
     run = Path("runs/shapes-tiny")
     assert sorted(int(p.stem[11:]) for p in run.glob("check*")) == [3, 5, 10, 11, 12]
@@ -1195,3 +1196,68 @@ def test_draws_follow_the_softmax(model):
         expected = expected.double() / expected.double().sum() * 20_000
         counts = torch.bincount(drawn, minlength=32)
         assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+# ---- Any order -----------------------------------------------------------------------------------
+
+
+def test_random_orders_of_images():
+    config = dataclasses.replace(TINY, order="random", seed=3)
+    orders = rar.image_orders(config, range(50))
+    assert (orders.sort(dim=1).values == torch.arange(16)).all() and len(orders.unique(dim=0)) == 50
+    assert torch.equal(rar.image_orders(config, [7])[0], orders[7])
+    fixed = rar.image_orders(dataclasses.replace(config, order="spiral_in"), [0, 1])
+    assert torch.equal(fixed, scan_order("spiral_in", 4).expand(2, 16))
+
+
+def test_gif(trained):
+    assert rar.main([*NPZ, "--order", "random", "--gif", "--out", "x.png"]) == 0
+    with Image.open("x.gif") as animation, Image.open("x.png") as grid:
+        assert animation.n_frames == 65 and animation.size == grid.size
+        arrived = []
+        for frame in (0, 10, 64):
+            animation.seek(frame)
+            pixels = np.asarray(animation.convert("RGB")).astype(int)
+            arrived.append((abs(pixels - 127).max(axis=2) > 3).mean())
+        assert arrived[0] < arrived[1] < arrived[2]
+        assert abs(pixels - np.asarray(grid)).mean() < 6  # but for the palette of a GIF
+
+
+def test_complete(trained, capsys):
+    """Given tokens stay, pixels that are hidden don't leak into them, and only weights for any
+    order complete any region."""
+    tokenizer = tok.load("runs/shapes-tiny/tokenizer.pt")
+    picture = np.array(tok.draw_shape(4))
+    Image.fromarray(picture).save("a.png")
+    picture[16:] = 255 - picture[16:]
+    Image.fromarray(picture).save("b.png")
+    known, images = tok.known_tokens("a.png", (3, 0, 32, 17), tokenizer)
+    assert torch.equal(known, tok.known_tokens("b.png", (3, 0, 32, 17), tokenizer)[0])
+    kept = known.view(8, 8) >= 0
+    assert kept[:4, 1:].all() and kept.sum() == 28  # whole cells alone
+    assert torch.equal(images[1][:, :16, 4:], images[0][:, :16, 4:])
+    assert (images[1][:, 16:] == 0.5).all()
+
+    any_order = ["--weights", "runs/shapes-tiny/checkpoint-0000003.pt"]
+    complete = ["sample", "--complete", "a.png", "--classes", "cross", "--count", "3"]
+    assert rar.main([*complete, "--keep", "3,16,32,32", *any_order, "--out", "x.png", "--gif"]) == 0
+    with Image.open("x.png") as grid:
+        assert grid.size == (5 * 68 + 4, 68 + 4 + 22)  # the picture, what is kept, and three
+    model, config, _ = rar.load_model(any_order[1], {}, torch.device("cpu"))
+    assert config.anneal == (1, 1)
+    autocast = tok.choose_precision(torch.device("cpu"), "float32")
+    for _, tokens, orders in rar.sample_tokens(model, torch.tensor([4, 4]), config, autocast,
+                                               known=known):
+        assert (tokens[:, known >= 0] == known[known >= 0]).all()
+        assert (known[orders[:, :28]] >= 0).all() and orders[0, :2].tolist() == [1, 2]
+
+    assert rar.main([*complete, "--keep", "0,0,32,16"]) == 0  # rows from the top: raster will do
+    assert "come first" in refused([*complete, "--keep", "0,16,32,32"], capsys)
+    assert "come first" in refused([*complete, "--keep", "0,0,32,16", "--order", "random"], capsys)
+    for arguments, named in [(["--keep", "1,2,3"], "--keep"), ([], "--keep"),
+                             (["--keep", "0,0,3,3"], "0 of 64 cells"),
+                             (["--keep", "0,0,32,32"], "64 of 64 cells")]:
+        assert named in refused([*complete, *arguments], capsys)
+    complete[2] = "nothing.png"
+    assert "nothing.png" in refused([*complete, "--keep", "0,0,32,16"], capsys)
+    assert "--gif" in refused([*NPZ, "--gif", "--out", "x.npz"], capsys)
