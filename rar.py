@@ -66,6 +66,7 @@ class Config:
     anneal: tuple = knob((0.5, 0.75), "fractions of training where r leaves 1, arrives at 0", 0, 1)
     order: str = knob("raster", "final scan order (Table 3), a wrong name lists the six; in "
                       "sampling also: random")
+    target_aware: bool = knob(True, "tell each token which cell is next; for the ablation")
     label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
     # The optimisation
     steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1)
@@ -192,8 +193,9 @@ class Block(nn.Module):
             fc2=nn.Linear(config.mlp_width, config.width), drop2=nn.Dropout(config.dropout)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
-    def forward(self, x, condition, start, cache):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, -1)
+    def forward(self, x, modulation, start, cache):
+        """x (B, S, D); modulation (B, S, 6D) is self.adaLN_modulation(condition)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), start, cache)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -245,23 +247,29 @@ class RAR(nn.Module):
         place = torch.cat([torch.arange(2, device=orders.device).expand(B, 2), 2 + orders], dim=1)
         first = max(start, 1)
         x = self.embeddings(held[:, first - 1:])                            # (B, S, D) without cls
-        x = x + F.embedding(place[:, first + 1:stop + 1], self.target_aware_pos_embed[0])
+        if self.config.target_aware:
+            x = x + F.embedding(place[:, first + 1:stop + 1], self.target_aware_pos_embed[0])
         if start == 0:
             x = torch.cat([self.cls_token.expand(B, 1, -1), x], dim=1)      # cls has no target
         x = x + F.embedding(place[:, start:stop], self.pos_embed[0])        # (B, S, D)
         # Trap: timesteps count slots, 0 for cls; they are not cells.
         condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
         for i, block in enumerate(self.blocks):
-            arguments = x, condition, start, None if cache is None else cache[i]
+            def run(x, condition, block=block, cache=None if cache is None else cache[i]):
+                return block(x, block.adaLN_modulation(condition), start, cache)
+
             if self.config.recompute and self.training:
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                x = checkpoint(run, x, condition, use_reentrant=False)
             else:
-                x = block(*arguments)
-        # Trap: here scale comes before shift.
-        scale, shift = self.adaln_before_head.adaLN_modulation(condition).chunk(2, -1)
+                x = run(x, condition)
+        return self.head(x, self.adaln_before_head.adaLN_modulation(condition))
+
+    def head(self, x, modulation):
+        """Logits (B, S, V) of x (B, S, D), modulated by (B, S, 2D)."""
+        scale, shift = modulation.chunk(2, -1)  # Trap: here scale comes before shift.
         x = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
         with torch.autocast(x.device.type, enabled=False):  # guidance would amplify rounding
-            return self.lm_head(x.float())                                  # (B, S, V)
+            return self.lm_head(x.float())
 
     def empty_cache(self, batch):
         """Room for the keys and values of all blocks and slots: (depth, 2, B, H, T + 1, D/H)."""
@@ -470,7 +478,8 @@ def train(config, run, device, autocast):
     tok.check_same_on_all(config, data.train)
     network = model
     if tok.WORLD_SIZE > 1:
-        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                          find_unused_parameters=not config.target_aware)
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
     with ThreadPoolExecutor(1) as ahead:  # draws the next batch during an update
         def draw(step):
@@ -595,6 +604,52 @@ def main(argv=None):
                              help="the released weights of --model, which are fetched once")
         command.add_argument("--model", choices=tok.RELEASED_MODELS, help="for --pretrained")
     return parser.run(argv)
+
+# ---- The fast path: the same tokens, sooner. Without this section all works as well --------------
+
+@torch.no_grad()
+def generate_fast(model, labels, scale, power, temperature, *, uniforms=None, orders=None,
+                  known=None):
+    """As `generate`, with all that does not depend on the tokens drawn taken out of their loop."""
+    B, T, device = len(labels), model.config.grid_size**2, labels.device
+    orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
+    uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
+    known = torch.full((B, T), -1, device=device) if known is None else known
+    given = known.gather(1, orders)                                         # (B, T), in slot order
+    n = 2 if scale else 1
+    both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])[:n * B]
+    classes, row = both.unique(return_inverse=True)                         # (C,), (nB,)
+    class_ids = model.embeddings(model.config.codebook_size + 1 + classes)  # (C, D)
+    # what a slot adds to its token: its cell's position and that of the next cell
+    places = F.embedding(2 + orders[:, :-1], model.pos_embed[0])            # (B, T - 1, D)
+    if model.config.target_aware:
+        places = places + F.embedding(2 + orders[:, 1:], model.target_aware_pos_embed[0])
+    memory = model.empty_cache(n * B)
+    logits = model.run_slots(both[:, None][:, :0], both, orders.repeat(n, 1), 0, memory)[:, -1]
+    drawn = []
+    for t in range(T):
+        if t > 0:
+            if t % CHUNK == 1 or t == 1:
+                condition = class_ids[:, None] + model.timesteps_embeddings[
+                    :, t + 1:t + 1 + CHUNK]                                 # (C, CHUNK, D)
+                tables = [m.adaLN_modulation(condition)[row]
+                          for m in (*model.blocks, model.adaln_before_head)]    # (nB, CHUNK, 6D)
+                first = t
+            x = (model.embeddings(drawn[-1]) + places[:, t - 1]).repeat(n, 1)[:, None]
+            now = slice(t - first, t - first + 1)
+            for block, table, cache in zip(model.blocks, tables, memory):
+                x = block(x, table[:, now], t + 1, cache)
+            logits = model.head(x, tables[-1][:, now])[:, 0]
+        if scale:
+            conditional, unconditional = logits.chunk(2)
+            weight = guidance_weight(t, T, scale, power)
+            logits = unconditional + weight * (conditional - unconditional)
+        token = draw(logits, temperature, uniforms[:, t])
+        drawn.append(torch.where(given[:, t] >= 0, given[:, t], token))
+    drawn = torch.stack(drawn, dim=1)                                       # (B, T), in slot order
+    return torch.empty_like(drawn).scatter_(1, orders, drawn)
+
+CHUNK = 32
 
 if __name__ == "__main__":
     sys.exit(main())
