@@ -76,6 +76,7 @@ class Parser(argparse.ArgumentParser):
     (args, the knobs that were given, device, autocast)."""
 
     commands = None
+    memory_flag = "--micro-batch"
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
@@ -110,7 +111,7 @@ class Parser(argparse.ArgumentParser):
             args.function(args, knobs, *choose_device(args.device, args.precision))
             return 0
         except torch.OutOfMemoryError:
-            print("error: out of memory: lower --micro-batch", file=sys.stderr)
+            print(f"error: out of memory: lower {self.memory_flag}", file=sys.stderr)
             return 2
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
