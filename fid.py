@@ -11,14 +11,11 @@ Either side is a folder of pictures, an .npz file with `arr_0` or an .npy file, 
 (N, H, W, 3), or an .npz file of statistics. What can't be computed from these is said.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import io
 import math
 import sys
 import zipfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +42,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         values, vectors = np.linalg.eigh(sigma)
         roots.append(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)  # (D, D)
     singular = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False)      # (D,)
-    squares = ((mu1 - mu2) ** 2).sum()
-    distance = squares + np.trace(sigma1) + np.trace(sigma2) - 2 * singular.sum()
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * singular.sum()
     return max(0.0, float(distance))  # of equals, rounding leaves some -1e-12
 
 def inception_score(logits):
@@ -59,14 +55,20 @@ def inception_score(logits):
     log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (1008,)
     return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
 
-def precision_recall(samples, reference, block=1024):
-    """The share of samples on the reference's manifold, and of the reference on that of the samples
-    (Kynkäänniemi 2019). Pool features (N, 2048), (M, 2048). A manifold is the union of balls around
-    all points, each reaching to the point's third neighbour."""
+def precision_recall(samples, reference, k=3, block=512):
+    """The share of samples on the reference's manifold, and of the reference on the samples'
+    (Kynkäänniemi 2019), of pool features (N, 2048), (M, 2048). A manifold is the union of balls,
+    one around each point, that reaches to its third neighbour; the border belongs to the ball."""
     samples, reference = on_grid(samples, reference)
-    precision = share_inside(samples, reference, squared_radii(reference, block), block)
-    recall = share_inside(reference, samples, squared_radii(samples, block), block)
-    return precision, recall
+    shares = []
+    for points, centres in ((samples, reference), (reference, samples)):
+        # k + 1, for the nearest is the point itself
+        radii = torch.cat([distances.topk(k + 1, largest=False).values[:, k]
+                           for distances in squared_distances(centres, centres, block)])
+        inside = torch.cat([(distances <= radii).any(1)
+                            for distances in squared_distances(points, centres, block)])
+        shares.append(inside.double().mean().item())
+    return shares
 
 def on_grid(*sets):
     """Sets of vectors in steps of 2^-25 of the longest one, about float32's own precision. Squared
@@ -76,28 +78,13 @@ def on_grid(*sets):
     step = 2.0 ** (math.ceil(math.log2(max(longest, 1e-30))) - 25)
     return [(vectors / step).round() for vectors in sets]
 
-def squared_distances(a, b):
-    """(A, D), (B, D), on the grid -> float64 (A, B)"""
-    a, b = a.double(), b.double()
-    return (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-
-def squared_radii(points, block, k=3):
-    """(N, D) -> (N,): the squared distance of each point to its k-th neighbour."""
-    radii = []
+def squared_distances(points, centres, block):
+    """(N, D), (M, D) on the grid -> float64 (B, M) for each block of points"""
+    squares = torch.cat([(part.double() ** 2).sum(1) for part in centres.split(block)])  # (M,)
     for part in points.split(block):
-        near = [squared_distances(part, other).topk(min(k + 1, len(other)), largest=False).values
-                for other in points.split(block)]
-        radii.append(torch.cat(near, 1).kthvalue(k + 1).values)  # the first is the point itself
-    return torch.cat(radii)
-
-def share_inside(points, centres, squared_radii, block):
-    """The share of points in any of the balls; a ball's border belongs to it."""
-    inside = 0
-    for part in points.split(block):
-        hits = [(squared_distances(part, centre) <= radius).any(1) for centre, radius
-                in zip(centres.split(block), squared_radii.split(block))]
-        inside += int(torch.stack(hits).any(0).sum())
-    return inside / len(points)
+        part = part.double()  # (B, D)
+        products = torch.cat([part @ other.double().T for other in centres.split(block)], 1)
+        yield (part**2).sum(1)[:, None] + squares - 2 * products
 
 class Moments:
     """Mean and covariance of vectors that come in batches, in float64. The sums are taken about the
@@ -108,13 +95,11 @@ class Moments:
     def add(self, vectors):
         vectors = vectors.double()  # (B, D)
         if self.count == 0:
-            self.origin = vectors.mean(0)                         # (D,)
-            self.sum = torch.zeros_like(self.origin)              # (D,)
-            self.products = torch.zeros_like(self.origin).diag()  # (D, D)
+            self.origin, self.sum, self.products = vectors.mean(0), 0, 0
         vectors = vectors - self.origin
         self.count += len(vectors)
-        self.sum += vectors.sum(0)
-        self.products.addmm_(vectors.T, vectors)
+        self.sum = self.sum + vectors.sum(0)                   # (D,)
+        self.products = self.products + vectors.T @ vectors    # (D, D)
 
     def result(self):
         mean = self.sum / self.count
@@ -181,16 +166,15 @@ class Mixed(nn.Module):
             outputs += h
         return torch.cat(outputs, 1)
 
-WIDE, TALL = (1, 7), (7, 1)
-
 def mixed_5(inputs, pooled):
     return Mixed(inputs, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
 
 def mixed_6(width):
-    w, t = (width, WIDE), (width, TALL)
-    return Mixed(768, average, branch1x1=[(192, 1)], branch7x7=[(width, 1), w, (192, TALL)],
-                 branch7x7dbl=[(width, 1), t, w, t, (192, WIDE)], branch_pool=[(192, 1)])
+    wide, tall = (width, (1, 7)), (width, (7, 1))
+    return Mixed(768, average, branch1x1=[(192, 1)], branch7x7=[(width, 1), wide, (192, (7, 1))],
+                 branch7x7dbl=[(width, 1), tall, wide, tall, (192, (1, 7))],
+                 branch_pool=[(192, 1)])
 
 def mixed_7(inputs, pool):
     both = [(384, (1, 3)), (384, (3, 1))]
@@ -215,14 +199,15 @@ class Inception(nn.Module):
         self.Mixed_6b, self.Mixed_6c = mixed_6(128), mixed_6(160)
         self.Mixed_6d, self.Mixed_6e = mixed_6(160), mixed_6(192)
         self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[
-            (192, 1), (192, WIDE), (192, TALL), (192, 3, 2)], branch_pool=[])
+            (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
         self.Mixed_7b = mixed_7(1280, average)
         self.Mixed_7c = mixed_7(2048, maximum)  # a slip of the original, and part of it since
         self.fc = nn.Linear(2048, 1008)
 
     @torch.no_grad()
     def forward(self, pixels):
-        x = (resize(pixels.permute(0, 3, 1, 2).float()) - 128) / 128  # (B, 3, 299, 299), below 1
+        x = pixels.to(self.fc.weight.device).permute(0, 3, 1, 2).float()
+        x = (resize(x) - 128) / 128                                   # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))     # (B, 288, 35, 35)
@@ -239,10 +224,9 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 def load_inception(path, device):
     """Inception with the published weights, or with those of a file."""
     path, model = path or tok.fetch(URL, SHA256), Inception()
-    state, own = tok.read_tensors(path, SHA256), model.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}  # of no effect
-    state = {name: state[name] for name in state if name not in counters}
-    tok.load_strictly(model, state | {name: own[name] for name in counters}, path)
+    counters = {name: count for name, count in model.state_dict().items()
+                if name.endswith("num_batches_tracked")}  # of no effect, and not in every file
+    tok.load_strictly(model, tok.read_tensors(path, SHA256) | counters, path)
     return model.eval().to(device, memory_format=torch.channels_last)  # nearly twice as fast
 
 # ---- Samples and reference -----------------------------------------------------------------------
@@ -253,8 +237,8 @@ KINDS = {"pool": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 2023)}  #
 class Side:
     """Samples or reference: pictures, stored statistics, or both; then what `measure` adds."""
     path: Path
-    count: int | None = None         # pictures, here or behind the statistics
-    batches: Callable | None = None  # batch size -> iterator over uint8 (B, H, W, 3)
+    count: int | None = None    # pictures, here or behind the statistics; None: unknown
+    batches: object = None      # batch size -> iterator over uint8 (B, H, W, 3)
     moments: dict = dataclasses.field(default_factory=dict)  # kind: (mean, covariance)
     size: str = "256x256"
     features: torch.Tensor | None = None                     # (N, 2048)
@@ -265,41 +249,15 @@ def open_side(path, crop):
     path = Path(path)
     if path.is_dir():
         files = tok.pictures_in(path)
-        side = Side(path, len(files), partial(folder_batches, files, crop))
+        side = Side(path, len(files), partial(tok.folder_batches, files, crop))
     elif path.is_file():
-        with reading(path):
+        with tok.reading(path):
             side = open_arrays(path)
     else:
         raise UserError(f"{path}: there is no such file or folder")
-    if side.batches and side.count < 2:
-        raise UserError(f"{path}: {side.count} pictures, where scores need at least 2")
+    if side.batches and side.count < 4:  # third neighbours
+        raise UserError(f"{path}: scores need at least 4 pictures, and there are {side.count}")
     return side
-
-def folder_batches(files, crop, batch):
-    """The pictures of the files, as tokenizer.py reconstruct cuts them or as they are."""
-    pixels, first = [], None
-    for file, item in zip(files, tok.read_pictures(files, crop and "center", crop)):
-        if isinstance(item, str):  # without it, this would be the score of another set
-            raise UserError(f"{file}: {item}")
-        first = item if first is None else first
-        if item.shape != first.shape:
-            raise UserError(f"{files[0]} is {size_of(first)}, but {file} {size_of(item)}: cut all "
-                            "to one size, with --crop 256 for example")
-        pixels.append(item)
-        if len(pixels) == batch or file == files[-1]:
-            yield np.concatenate(pixels)
-            pixels = []
-
-def size_of(pixels):
-    return f"{pixels.shape[2]}x{pixels.shape[1]}"
-
-@contextlib.contextmanager
-def reading(path):
-    """Turn whatever a damaged or foreign file makes the parsers raise into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path}: {error or type(error).__name__}") from error
 
 def open_arrays(path):
     side, members = Side(path), ["arr_0.npy"]
@@ -313,8 +271,8 @@ def open_arrays(path):
             if "count.npy" in members:
                 side.count = int(read_member(archive, "count", ()))
     if "arr_0.npy" in members:
-        with open_pixels(path) as (shape, _):
-            side.count, side.batches = shape[0], partial(array_batches, path)
+        with tok.open_array(path) as (shape, _):
+            side.count, side.batches = shape[0], partial(tok.array_batches, path)
     elif not side.moments:
         raise ValueError(f"no pictures (arr_0) and no statistics (mu, sigma), but {members}")
     return side
@@ -327,37 +285,9 @@ def read_member(archive, name, shape):
         raise ValueError(f"{name} is {array.shape}, expected finite numbers {shape}")
     return array
 
-@contextlib.contextmanager
-def open_pixels(path):
-    """The shape of the pictures in an array file, and the file, to be read on at the pixels."""
-    if path.suffix == ".npy":
-        file, size = open(path, "rb"), path.stat().st_size
-    else:
-        archive = zipfile.ZipFile(path)
-        file, size = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size
-    with file:
-        np.lib.format.read_magic(file)
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or is_fortran:
-            first = ", channels first" if len(shape) == 4 and shape[1] == 3 else ""
-            raise ValueError(f"it holds {dtype} {shape}{first}{', Fortran order' * is_fortran}; "
-                             "expected uint8 from 0 to 255, (N, H, W, 3)")
-        if size - file.tell() != math.prod(shape):
-            raise ValueError(f"{size - file.tell():,} bytes of pixels, not {math.prod(shape):,}")
-        yield shape, file
-
-def array_batches(path, batch):
-    """The array in slices: ADM's 50,000 pictures are 9.8 GB."""
-    with reading(path), open_pixels(path) as (shape, file):
-        for first in range(0, shape[0], batch):
-            pixels = np.empty((min(batch, shape[0] - first), *shape[1:]), np.uint8)
-            if file.readinto(pixels.reshape(-1)) != pixels.size:
-                raise ValueError("it ends too early")
-            yield pixels
-        file.read(1)  # only at the very end zipfile compares the checksum
-
-def measure(side, inception, batch, device, keep_features):
+def measure(side, inception, batch, keep_features):
     """One pass over the pictures: statistics unless they are stored, Inception Score, features."""
+    device = inception.fc.weight.device
     place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     moments = {kind: Moments() for kind in KINDS}
     if keep_features:
@@ -365,8 +295,7 @@ def measure(side, inception, batch, device, keep_features):
     split, scores, done = torch.empty(0, 1008, device=place), [], 0
     with tqdm(total=side.count, desc=side.path.name, unit=" images", leave=False) as bar:
         for pixels in side.batches(batch):
-            outputs = inception(torch.from_numpy(pixels).to(device))
-            pool, spatial, logits = (x.to(place) for x in outputs)
+            pool, spatial, logits = (x.to(place) for x in inception(torch.from_numpy(pixels)))
             moments["pool"].add(pool)
             moments["spatial"].add(spatial)
             if keep_features:
@@ -377,7 +306,7 @@ def measure(side, inception, batch, device, keep_features):
                 scores.append(inception_score(split[:5000]))
                 split = split[5000:]
             bar.update(len(pool))
-    side.size, side.inception_score = size_of(pixels), sum(scores) / len(scores)
+    side.size, side.inception_score = tok.size_of(pixels), sum(scores) / len(scores)
     if not math.isfinite(side.inception_score):
         raise UserError(f"{side.path}: Inception's outputs are not finite: are its weights good?")
     side.moments = {kind: of_kind.result() for kind, of_kind in moments.items()} | side.moments
@@ -386,69 +315,62 @@ def measure(side, inception, batch, device, keep_features):
 
 METRICS = {"fid": "pool", "sfid": "spatial", "is": "", "precision": "", "recall": ""}  # its moments
 
-def metrics(text):
-    if wrong := [name for name in text.split(",") if name not in METRICS]:
-        raise argparse.ArgumentTypeError(f"choose from {','.join(METRICS)}, not {wrong[0]!r}")
-    return text.split(",")
-
 def obstacle(metric, samples, reference=None):
     """Why a score can't be had; None if it can."""
     if metric != "is" and reference is None:
-        return "no reference is given"
+        return "there is no reference"
     for side in (samples,) if metric == "is" else (samples, reference):
         if side.batches is None and METRICS[metric] not in side.moments:
             return f"{side.path} holds statistics of {' and '.join(side.moments)} features alone"
-        if metric in ("precision", "recall") and side.count < 4:
-            return f"{side.path} holds fewer than 4 pictures"
     return None
 
 def score_command(args, knobs, device, autocast):
     sides = [open_side(path, args.crop) for path in (args.samples, args.reference) if path]
-    samples, titles = sides[0], ("samples", "reference")[:len(sides)]
-    why = {name: obstacle(name, *sides) for name in args.metrics or METRICS}
-    chosen = [name for name in why if why[name] is None]
-    if args.metrics and len(chosen) < len(why) or not chosen:
-        raise UserError("; ".join(f"no {name}: {why[name]}" for name in why if why[name]))
-    if args.save_stats and samples.batches is None:
-        raise UserError(f"--save-stats: {samples.path} holds no pictures to measure")
+    samples = sides[0]
     if args.crop and not any(side.path.is_dir() for side in sides):
         raise UserError(f"--crop {args.crop} is for folders of pictures")
     for path in filter(None, (args.json, args.save_stats)):
         tok.check_folder(path.parent, path)
         if path.is_dir() or path in [side.path for side in sides]:
             raise UserError(f"{path} is there already; name another file to write to")
+    asked = args.metrics.split(",") if args.metrics else list(METRICS)
+    if wrong := [name for name in asked if name not in METRICS]:
+        raise UserError(f"--metrics {wrong[0]}: choose from {','.join(METRICS)}")
+    why = {name: obstacle(name, *sides) for name in asked}
+    names = [name for name in asked if why[name] is None]
+    if not names or args.metrics and len(names) < len(asked):
+        raise UserError("; ".join(f"no {name}: {why[name]}" for name in asked if why[name]))
+    if args.save_stats and samples.batches is None:
+        raise UserError(f"--save-stats: {samples.path} holds no pictures to measure")
 
-    needed, keep = {*chosen, *["is"] * bool(args.save_stats)}, {"precision", "recall"} & {*chosen}
-    todo = [side for side in sides if any(METRICS[name] not in side.moments for name in needed
-                                          if side is samples or name != "is")]
+    both = "precision" in names or "recall" in names
+    todo = [side for side in sides if both or side is samples and (args.save_stats or "is" in names)
+            or any(METRICS[name] not in side.moments for name in {"fid", "sfid"} & {*names})]
     inception = load_inception(args.weights, device) if todo else None
     for side in todo:
-        measure(side, inception, args.batch or (16 if device.type == "cpu" else 64), device, keep)
-    scores = dict.fromkeys(METRICS) | {title: side.count for title, side in zip(titles, sides)}
-    for name in {"fid", "sfid"} & {*chosen}:
+        measure(side, inception, args.batch or (16 if device.type == "cpu" else 64), both)
+    scores = {"is": samples.inception_score}
+    for name in {"fid", "sfid"} & {*names}:
         first, second = (side.moments[METRICS[name]] for side in sides)
         scores[name] = frechet_distance(*first, *second)
-    if "is" in chosen:
-        scores["is"] = samples.inception_score
-    if keep:
+    if both:
         scores["precision"], scores["recall"] = precision_recall(*(side.features for side in sides))
+    scores = {name: scores[name] if name in names else None for name in METRICS}
 
-    for title, side in zip(titles, sides):
-        count = "?" if side.count is None else f"{side.count:,}"
-        print(f"{title:12}{side.path}: {'' if side.batches else 'statistics of '}{count} pictures")
-    for name in chosen:
-        print(f"{name:12}{scores[name]:.4f}")
+    for title, side, usual in zip(("samples", "reference"), sides, (50_000, 2048)):
+        count = "unknown" if side.count is None else f"{side.count:,}"
+        print(f"{title:12}{side.path}, {count} pictures{'' if side.batches else ' (statistics)'}")
+        if side.count and side.count < usual:
+            few = ", nor as many as features (2,048)" * (side.count < 2048 < usual)
+            print(f"{'':12}not the usual {usual:,}{few}: FID and sFID come out higher")
+        if side.size != "256x256":
+            print(f"{'':12}of {side.size} and not the usual 256x256")
+    print(*(f"{name:12}{scores[name]:.4f}" for name in names), sep="\n")
     for reason in dict.fromkeys(filter(None, why.values())):
         print(f"no {', '.join(name for name in why if why[name] == reason)}: {reason}")
-    if samples.count and samples.count < 50_000:
-        print(f"{samples.count:,} samples, not the usual 50,000: FID and sFID come out higher")
-    for side in sides:
-        if side.count and side.count < 2048:
-            print(f"{side.path}: fewer pictures than the 2,048 features: compare equal counts only")
-        if side.size != "256x256":
-            print(f"{side.path}: pictures of {side.size}, not the usual 256x256")
     if args.json:
-        tok.write_json(args.json, scores)
+        counts = {"samples": samples.count, "reference": sides[-1].count if sides[1:] else None}
+        tok.write_json(args.json, scores | counts)
     if args.save_stats:
         arrays = {n: a for kind in KINDS for n, a in zip(KINDS[kind], samples.moments[kind])}
         with tok.replacing(args.save_stats) as beside, open(beside, "wb") as file:
@@ -461,12 +383,12 @@ def main(argv=None):
     parser.set_defaults(function=score_command, config=None, precision="float32")
     parser.add_argument("samples", help="folder of pictures, .npz or .npy file")
     parser.add_argument("reference", nargs="?", help="the same, or statistics")
-    parser.add_argument("--metrics", type=metrics, help=f"of {','.join(METRICS)} [all there are]")
-    parser.add_argument("--crop", type=tok.whole_number(1), help="cut a folder's pictures to a size")
+    parser.add_argument("--metrics", help=f"of {','.join(METRICS)} [all there are]")
+    parser.add_argument("--crop", type=tok.whole_number(1), help="cut folders' pictures to this")
     parser.add_argument("--weights", help="Inception's, if not to be downloaded")
     parser.add_argument("--json", type=Path, help="file to write the scores to")
     parser.add_argument("--save-stats", type=Path, help=".npz to write the samples' statistics to")
-    parser.add_argument("--batch", type=tok.whole_number(1), help="pictures at once [16; 64 on GPUs]")
+    parser.add_argument("--batch", type=tok.whole_number(1), help="pictures at once [64 on GPU, or 16]")
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
     return parser.run(argv)
 
