@@ -254,7 +254,7 @@ def open_side(path, crop):
         with tok.reading(path):
             side = open_arrays(path)
     else:
-        raise UserError(f"{path}: there is no such file or folder")
+        raise UserError(f"there is neither a file nor a folder {path}")
     if side.batches and side.count < 4:  # third neighbours
         raise UserError(f"{path}: scores need at least 4 pictures, and there are {side.count}")
     return side
@@ -262,6 +262,8 @@ def open_side(path, crop):
 def open_arrays(path):
     side, members = Side(path), ["arr_0.npy"]
     if path.suffix != ".npy":
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no .npz file, or only part of one, no .npy file and no folder")
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
             for kind, (mean, covariance, width) in KINDS.items():
@@ -274,15 +276,17 @@ def open_arrays(path):
         with tok.open_array(path) as (shape, _):
             side.count, side.batches = shape[0], partial(tok.array_batches, path)
     elif not side.moments:
-        raise ValueError(f"no pictures (arr_0) and no statistics (mu, sigma), but {members}")
+        raise ValueError(f"neither pictures (arr_0) nor statistics (mu, sigma), but {members}")
     return side
 
 def read_member(archive, name, shape):
     """A small array of an .npz file. Read whole, so that zipfile compares its checksum."""
     member = io.BytesIO(archive.read(f"{name}.npy"))
     array = np.lib.format.read_array(member, allow_pickle=False).astype(np.float64)
-    if array.shape != shape or not np.isfinite(array).all():
-        raise ValueError(f"{name} is {array.shape}, expected finite numbers {shape}")
+    if array.shape != shape:
+        raise ValueError(f"{name} is {array.shape}, and Inception's is {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity")
     return array
 
 def measure(side, inception, batch, keep_features):
@@ -321,7 +325,7 @@ def obstacle(metric, samples, reference=None):
         return "there is no reference"
     for side in (samples,) if metric == "is" else (samples, reference):
         if side.batches is None and METRICS[metric] not in side.moments:
-            return f"{side.path} holds statistics of {' and '.join(side.moments)} features alone"
+            return f"{side.path} holds no pictures, only statistics ({', '.join(side.moments)})"
     return None
 
 def score_command(args, knobs, device, autocast):
@@ -338,8 +342,10 @@ def score_command(args, knobs, device, autocast):
         raise UserError(f"--metrics {wrong[0]}: choose from {','.join(METRICS)}")
     why = {name: obstacle(name, *sides) for name in asked}
     names = [name for name in asked if why[name] is None]
-    if not names or args.metrics and len(names) < len(asked):
-        raise UserError("; ".join(f"no {name}: {why[name]}" for name in asked if why[name]))
+    missing = [f"no {', '.join(name for name in asked if why[name] == reason)}: {reason}"
+               for reason in dict.fromkeys(filter(None, why.values()))]
+    if not names or args.metrics and missing:
+        raise UserError("; ".join(missing))
     if args.save_stats and samples.batches is None:
         raise UserError(f"--save-stats: {samples.path} holds no pictures to measure")
 
@@ -358,16 +364,14 @@ def score_command(args, knobs, device, autocast):
     scores = {name: scores[name] if name in names else None for name in METRICS}
 
     for title, side, usual in zip(("samples", "reference"), sides, (50_000, 2048)):
-        count = "unknown" if side.count is None else f"{side.count:,}"
-        print(f"{title:12}{side.path}, {count} pictures{'' if side.batches else ' (statistics)'}")
+        count = "an unknown number of" if side.count is None else f"{side.count:,}"
+        print(f"{title:12}{side.path}: {'' if side.batches else 'statistics of '}{count} pictures")
         if side.count and side.count < usual:
             few = ", nor as many as features (2,048)" * (side.count < 2048 < usual)
             print(f"{'':12}not the usual {usual:,}{few}: FID and sFID come out higher")
         if side.size != "256x256":
             print(f"{'':12}of {side.size} and not the usual 256x256")
-    print(*(f"{name:12}{scores[name]:.4f}" for name in names), sep="\n")
-    for reason in dict.fromkeys(filter(None, why.values())):
-        print(f"no {', '.join(name for name in why if why[name] == reason)}: {reason}")
+    print(*(f"{name:12}{scores[name]:.4f}" for name in names), *missing, sep="\n")
     if args.json:
         counts = {"samples": samples.count, "reference": sides[-1].count if sides[1:] else None}
         tok.write_json(args.json, scores | counts)
@@ -388,7 +392,7 @@ def main(argv=None):
     parser.add_argument("--weights", help="Inception's, if not to be downloaded")
     parser.add_argument("--json", type=Path, help="file to write the scores to")
     parser.add_argument("--save-stats", type=Path, help=".npz to write the samples' statistics to")
-    parser.add_argument("--batch", type=tok.whole_number(1), help="pictures at once [64 on GPU, or 16]")
+    parser.add_argument("--batch", type=tok.whole_number(1), help="pictures at once [16; GPU: 64]")
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
     return parser.run(argv)
 
