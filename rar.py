@@ -21,16 +21,20 @@ cells [[0, 1], [2, 3]] in the order o = [2, 0, 3, 1]:
 Besides, adaLN shifts, scales and gates each layer by the class and the slot (not by the cell).
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import tokenizer as tok  # and all that is about files, flags and pictures
@@ -47,7 +51,7 @@ class Config:
     class_names: tuple = ()
     image_size: int = knob(256, "pixels a side", 1)
     crops: str = knob("ten", "of a photograph: ten, flip or center")
-    tokenizer: str = knob("patch", "patch, which is fitted to the data, or a tokenizer's file")
+    tokenizer: str = knob("patch", "patch, fitted to the data; released, fetched; or a file")
     grid_size: int = knob(16, "cells a side: a picture is T = grid_size^2 tokens", 1, 64)
     codebook_size: int = knob(1024, "V, the number of different tokens", 1, 65536)
     # The network
@@ -64,8 +68,9 @@ class Config:
     label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
     # The optimisation
     steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1)
-    batch: int = knob(2048, "samples of an update", 1)
+    batch: int = knob(2048, "samples of an update, over all processes", 1)
     micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1)
+    recompute: bool = knob(False, "compute activations twice instead of keeping them in memory")
     lr: float = knob(4e-4, "AdamW's learning rate after the warm-up", 0, 1)
     min_lr: float = knob(1e-5, "learning rate at the end of its cosine", 0, 1)
     warmup: float = knob(0.25, "fraction of training in which the learning rate rises", 0, 1)
@@ -75,6 +80,7 @@ class Config:
     seed: int = knob(0, "of all randomness: weights, batches, orders, pictures", 0, 2**63 - 1)
     log_every: int = knob(100, "updates between two lines of the log", 1)
     save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
+    keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two", 0)
     # Sampling
     scale: float = knob(16.0, "guidance at the end of a picture; 0 is no guidance", 0)
     power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout", 0)
@@ -95,11 +101,14 @@ PRESETS = {
     "small": Config(  # for photographs without a GPU
         width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=500,
         batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
-    "RAR-S": Config(depth=12),  # has no published sampling settings and takes those of B
+    # micro-batches are meant for 80 GB in bfloat16
+    "RAR-S": Config(depth=12, micro_batch=128),  # has no published sampling settings and takes those of B
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
-    "RAR-XL": Config(width=1280, depth=32, mlp_width=5120, scale=6.9, power=1.5, temperature=1.02),
-    "RAR-XXL": Config(width=1408, depth=40, mlp_width=6144, scale=8.0, power=1.2, temperature=1.02),
+    "RAR-XL": Config(width=1280, depth=32, mlp_width=5120, micro_batch=32,
+                     scale=6.9, power=1.5, temperature=1.02),
+    "RAR-XXL": Config(width=1408, depth=40, mlp_width=6144, micro_batch=16,
+                      scale=8.0, power=1.2, temperature=1.02),
 }
 
 # ---- The idea: orders, and how often they are random ---------------------------------------------
@@ -242,7 +251,11 @@ class RAR(nn.Module):
         # Trap: timesteps count slots, 0 for cls; they are not cells.
         condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
         for i, block in enumerate(self.blocks):
-            x = block(x, condition, start, None if cache is None else cache[i])
+            arguments = x, condition, start, None if cache is None else cache[i]
+            if self.config.recompute and self.training:
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         # Trap: here scale comes before shift.
         scale, shift = self.adaln_before_head.adaLN_modulation(condition).chunk(2, -1)
         x = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
@@ -266,6 +279,8 @@ def training_loss(model, tokens, labels, orders):
     return loss, (logits.argmax(-1) == targets).float().mean()
 
 # ---- Sampling ------------------------------------------------------------------------------------
+
+SAMPLING = ("order", "scale", "power", "temperature", "seed")  # the knobs that decide a picture
 
 def guidance_weight(step, steps, scale, power):
     """g(t) = 1 + (scale - 1) (1 - cos(pi (t / T)^power)) / 2 at token t = step of T = steps.
@@ -318,17 +333,20 @@ def image_uniforms(seed, numbers, length):
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
-def sample_images(model, tokenizer, labels, config, autocast):
-    """Images (N, 3, H, W) of the classes `labels` (N,), by the sampling settings of config."""
-    images, device = [], model.cls_token.device
-    order = scan_order(config.order, config.grid_size).to(device)
-    for part in tqdm(torch.arange(len(labels)).split(config.micro_batch), "sampling", leave=False):
-        uniforms = image_uniforms(config.seed, part.tolist(), len(order)).to(device)
-        with autocast:
-            tokens = generate(model, labels[part].to(device), config.scale, config.power,
-                              config.temperature, uniforms=uniforms, orders=order)
-        images.append(tokenizer.decode(tokens).cpu())
-    return torch.cat(images)
+def sample_images(model, tokenizer, labels, config, autocast, numbers=None):
+    """Yield image numbers (B,) and these images (B, 3, H, W), batch by batch, until all `numbers`,
+    by default all, are through. Image i is of class labels[i], by the sampling settings of config;
+    it depends on these, the weights, the seed and i alone."""
+    numbers = torch.arange(len(labels)) if numbers is None else torch.tensor(numbers).long()
+    order, device = scan_order(config.order, config.grid_size), model.cls_token.device
+    with tqdm(total=len(numbers), desc="sampling", unit=" pictures", leave=False) as bar:
+        for part in numbers.split(config.micro_batch) if len(numbers) else ():
+            uniforms = image_uniforms(config.seed, part.tolist(), len(order)).to(device)
+            with autocast:
+                tokens = generate(model, labels[part].to(device), config.scale, config.power,
+                                  config.temperature, uniforms=uniforms, orders=order.to(device))
+            yield part, tokenizer.decode(tokens).cpu()
+            bar.update(len(part))
 
 # ---- Training ------------------------------------------------------------------------------------
 
@@ -355,8 +373,9 @@ def make_optimizer(model, config):
 def shuffled(count, seed, epoch):
     return np.random.default_rng((seed, epoch, 1)).permutation(count)  # no step's key
 
-def draw_batch(rows, config, step, r):
-    """What update `step` sees of rows (N, 1 + T): tokens, labels, orders, seeds of dropout (B,).
+def draw_batch(rows, config, step, rank=0, processes=1):
+    """What process `rank` sees of update `step`, of rows (N, 1 + T): tokens (b, T), labels (b,),
+    orders (b, T) and seeds of dropout (b,) of its share b = B / processes of the batch, and r.
 
     The one rule of randomness: everything random about an update is a function of (seed, step, row
     of the global batch); dropout masks, of the first row that they are drawn for. No generator's
@@ -365,34 +384,44 @@ def draw_batch(rows, config, step, r):
     for epoch in np.unique(epochs):  # every pass over the rows has its own permutation
         now = epochs == epoch
         index[now] = shuffled(len(rows), config.seed, int(epoch))[index[now]]
-    batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T): class, tokens
+    r = randomness(step, config.anneal[0] * config.steps, config.anneal[1] * config.steps)
+    order = scan_order(config.order, config.grid_size)
     rng = np.random.default_rng((config.seed, step))
     dropped = torch.from_numpy(rng.random(config.batch) < config.label_dropout)
-    labels = batch[:, 0].masked_fill(dropped, config.num_classes)
-    order = scan_order(config.order, config.grid_size)
     orders = sample_orders(config.batch, len(order), r, order, rng)
-    return batch[:, 1:], labels, orders, rng.integers(2**63, size=config.batch)
+    seeds = rng.integers(2**63, size=config.batch)
+    share = config.batch // processes
+    mine = slice(rank * share, (rank + 1) * share)
+    batch = torch.from_numpy(rows[index[mine]].astype(np.int64))  # (b, 1 + T): class, tokens
+    labels = batch[:, 0].masked_fill(dropped[mine], config.num_classes)
+    return batch[:, 1:], labels, orders[mine], seeds[mine], r
 
-def train_step(model, optimizer, config, rows, step, autocast):
-    """One update. Returns what the log says of it; nothing here waits for the device."""
-    r = randomness(step, config.anneal[0] * config.steps, config.anneal[1] * config.steps)
-    lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
-    tokens, labels, orders, seeds = draw_batch(rows, config, step, r)
-    device, means = model.cls_token.device, 0
-    for part in torch.arange(config.batch).split(config.micro_batch):
+def train_step(network, optimizer, config, batch, step, autocast):
+    """One update, by what draw_batch gave to this process. network is the model, or wrapped for
+    several processes. Returns what the log says of it; nothing here waits for the device."""
+    tokens, labels, orders, seeds, r = batch
+    device, means = next(network.parameters()).device, 0
+    processes = config.batch // len(tokens)
+    parts = torch.arange(len(tokens)).split(config.micro_batch)
+    for part in parts:
         torch.manual_seed(int(seeds[part[0]]))  # of the dropout masks
         inputs = (x[part].to(device) for x in (tokens, labels, orders))
-        with autocast:
-            loss, accuracy = training_loss(model, *inputs)
         share = len(part) / config.batch
-        (loss * share).backward()
+        # processes average their gradients once an update, with those of the last micro-batch
+        alone = processes > 1 and part is not parts[-1]
+        with network.no_sync() if alone else contextlib.nullcontext():
+            with autocast:
+                loss, accuracy = training_loss(network, *inputs)
+            (loss * share * processes).backward()
         means = means + share * torch.stack([loss.detach(), accuracy])
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+    lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return {"loss": means[0], "accuracy": means[1], "r": r, "lr": lr, "gradient_norm": norm}
+    loss, accuracy = tok.sum_over_processes(means)
+    return {"loss": loss, "accuracy": accuracy, "r": r, "lr": lr, "gradient_norm": norm}
 
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
@@ -412,23 +441,36 @@ def evaluate(model, rows, config, autocast):
     return result
 
 def train(config, run, device, autocast):
-    """Make the updates that the run still lacks; its weights, log and previews go to its folder."""
+    """Make the updates that the run still lacks; its weights, log and previews go to its folder.
+    Under torchrun the processes share each batch, and rank 0 does all that is not an update."""
     torch.manual_seed(config.seed)
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
     first = run.load(model, optimizer)
     if config.init and first == 0:
         tok.init_weights(model, config.init)
-    data = tok.open_data(config, run.folder, device, fit=first == 0)
+    with tok.rank_zero_first():
+        data = tok.open_data(config, run.folder, device, fit=first == 0 and tok.RANK == 0)
+    tok.check_same_on_all(config, data.train)
+    network = DistributedDataParallel(model) if tok.WORLD_SIZE > 1 else model
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
-    for step in run.updates(first):  # ends early on Ctrl-C
-        run.report(step, train_step(model.train(), optimizer, config, data.train, step, autocast))
-        if run.is_milestone(step):
-            run.report_held_out(step, evaluate(model.eval(), data.held_out, config, autocast))
-            images = sample_images(model, data.tokenizer, labels, config, autocast)
-            tok.save_grid(run.preview(step), torch.cat([data.examples, images]), config.class_names)
-        if run.is_milestone(step) or run.stopped:
-            run.save(step, model, optimizer)
+    with ThreadPoolExecutor(1) as ahead:  # draws the next batch during an update
+        def draw(step):
+            return ahead.submit(draw_batch, data.train, config, step, tok.RANK, tok.WORLD_SIZE)
+
+        drawn = draw(first)
+        images = len(data.train) / tok.CROP_COUNTS[config.crops]  # ten-crop rows are tenths of one
+        for step in run.updates(first, images):  # ends early on Ctrl-C
+            batch, drawn = run.wait_for(drawn), draw(step + 1)
+            run.report(step, train_step(network.train(), optimizer, config, batch, step, autocast))
+            if run.is_milestone(step) and tok.RANK == 0:
+                result = evaluate(model.eval(), data.held_out, config, autocast)
+                run.report_held_out(step, result)
+                images = sample_images(model, data.tokenizer, labels, config, autocast)
+                images = torch.cat([data.examples, *(part for _, part in images)])
+                tok.save_grid(run.preview(step), images, config.class_names)
+            if run.is_milestone(step) or run.stopped:
+                run.save(step, model, optimizer)
     run.say_what_next()
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -445,28 +487,38 @@ def train_command(args, knobs, device, autocast):
     train(config, tok.Run(folder, config), device, autocast)
 
 def load_model(path, knobs, device):
-    """The model of a weights file or run (None: the newest run), its config, and its folder."""
+    """The model of a weights file or run (None: the newest run), its config, and its folder. To
+    weights without a config.json belong the settings of the preset of their size."""
     path = tok.find_weights(path)
     state, sizes = tok.read_weights(path)
-    config = dataclasses.replace(tok.read_config(path.parent, Config), **sizes, **knobs)
+    alike = [preset for preset in PRESETS.values()
+             if (preset.width, preset.depth) == (sizes["width"], sizes["depth"])]
+    config = tok.read_config(path.parent, [*alike, Config()][0])
+    config = dataclasses.replace(config, **sizes, **knobs)
     model = RAR(config)
     tok.load_strictly(model, state, path)
     return model.to(device).eval(), config, path.parent
 
 def sample_command(args, knobs, device, autocast):
-    model, config, folder = load_model(args.weights, knobs, device)
+    model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
     classes = tok.class_numbers(args.classes, config)
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
     tokenizer = tok.tokenizer_of(config, folder).to(device)
-    path = tok.picture_path(args.out, folder)
-    images = sample_images(model, tokenizer, labels, config, autocast)
+    settings = {name: getattr(config, name) for name in SAMPLING} | {
+        "classes": classes, "precision": args.precision,
+        "weights": tok.digest_of(model), "tokenizer": tok.digest_of(tokenizer)}
+    samples = tok.Samples(args.out, folder, count, tokenizer.image_size, settings)
+    for numbers, images in sample_images(model, tokenizer, labels, config, autocast,
+                                         samples.missing):
+        samples.put(numbers, images)
     names = config.class_names or range(config.num_classes)
-    tok.save_grid(path, images, [names[c] for c in classes])
-    print(f"{path}: {count} pictures by {folder}, seed {config.seed}")
+    samples.finish([names[c] for c in classes])
+    source = args.model or args.weights or folder
+    print(f"{samples.path}: {count:,} pictures by {source}, seed {config.seed}")
 
 def eval_command(args, knobs, device, autocast):
-    model, config, folder = load_model(args.weights, knobs, device)
+    model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
     data = tok.open_data(config, folder, device)
     result = evaluate(model, data.held_out, config, autocast)
     print(f"{folder}, {len(data.held_out):,} pictures: {tok.held_out_text(config, result)}")
@@ -474,19 +526,24 @@ def eval_command(args, knobs, device, autocast):
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
-    train = parser.command("train", train_command, "train a model on pictures", Config)
+    train = parser.command("train", train_command, "train a model on pictures", Config,
+                           precision="bfloat16")
     train.add_argument("--model", choices=PRESETS, help="preset of all flags [by the data]")
     train.add_argument("--run", help="folder to train in, or to go on in [runs/DATA-MODEL]")
     sample = parser.command("sample", sample_command, "draw pictures", Config,
-                            ("order", "scale", "power", "temperature", "micro_batch", "seed"))
-    sample.set_defaults(seed=1)  # 0 would draw the previews again
+                            (*SAMPLING, "micro_batch"))
+    sample.set_defaults(seed=1, micro_batch=64)  # seed 0 would draw the previews again
     sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
     sample.add_argument("--count", type=tok.whole_number(1), help="pictures [5 of each class]")
-    sample.add_argument("--out", help="the PNG to write [a new one in the folder of the run]")
+    sample.add_argument("--out", help="a .png for a grid, an .npz, or a folder with a / at its end "
+                        "for a PNG each [a new grid in the folder of the run]")
     evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
                                 Config, ("data", "order", "micro_batch"))
     for command in (sample, evaluation):
         command.add_argument("--weights", help="weights file or run folder [the newest run]")
+        command.add_argument("--pretrained", action="store_true",
+                             help="the released weights of --model, which are fetched once")
+        command.add_argument("--model", choices=tok.RELEASED_MODELS, help="for --pretrained")
     return parser.run(argv)
 
 if __name__ == "__main__":

@@ -11,10 +11,15 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -320,16 +325,20 @@ def test_draw():
 
 
 def test_draw_batch_is_a_function_of_seed_and_step():
-    config = dataclasses.replace(TINY, batch=8, label_dropout=0.5, seed=3)
+    config = dataclasses.replace(TINY, batch=8, label_dropout=0.5, seed=3, steps=10)
     rows = np.arange(20 * 17).reshape(20, 17).astype(np.uint16)
-    batch = rar.draw_batch(rows, config, 5, 0.5)
-    for again, first in zip(rar.draw_batch(rows, config, 5, 0.5), batch):
+    batch = rar.draw_batch(rows, config, 6)
+    for again, first in zip(rar.draw_batch(rows, config, 6), batch):
         assert np.array_equal(again, first)
-    tokens, labels, orders, _ = batch
+    halves = [rar.draw_batch(rows, config, 6, rank, 2) for rank in (0, 1)]
+    for first, second, whole in zip(*halves, batch):
+        assert np.array_equal(np.concatenate([first, second]) if np.ndim(whole) else first, whole)
+    tokens, labels, orders, _, r = batch
+    assert r == pytest.approx(0.6)
     assert (tokens[:, 0] == tokens[:, 1] - 1).all() and tokens.shape == orders.shape == (8, 16)
     assert 0 < (labels == 10).sum() < 8
     # every pass visits every row once, in its own order, whatever the batch
-    visits = np.concatenate([rar.draw_batch(rows, config, step, 0)[0][:, 0] for step in range(5)])
+    visits = np.concatenate([rar.draw_batch(rows, config, step)[0][:, 0] for step in range(5)])
     assert len(set(visits[:20])) == len(set(visits[20:])) == 20
     assert visits[:20].tolist() != visits[20:].tolist()
 
@@ -340,7 +349,8 @@ def test_micro_batches_add_up_to_the_batch(model):
     for micro_batch in (8, 3):
         config = dataclasses.replace(TINY, batch=8, steps=10, warmup=0.0, micro_batch=micro_batch)
         model = closed_form(RAR(TINY))
-        line = rar.train_step(model, rar.make_optimizer(model, config), config, rows, 0,
+        line = rar.train_step(model, rar.make_optimizer(model, config), config,
+                              rar.draw_batch(rows, config, 0), 0,
                               torch.autocast("cpu", enabled=False))
         weights.append(model.lm_head.weight.detach())
         assert line["r"] == 1 and line["lr"] == config.lr
@@ -425,7 +435,8 @@ def workplace(tmp_path, monkeypatch):
 
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")}
+            for line in lines]
 
 
 def test_train_sample_eval(workplace, capsys):
@@ -433,15 +444,18 @@ def test_train_sample_eval(workplace, capsys):
     run = workplace / "runs" / "shapes-tiny"
     assert "next: python rar.py sample\n" in capsys.readouterr().out
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "tokenizer.pt", "checkpoint.pt", "weights.pt", "log.jsonl",
-        "step-000004.png", "step-000006.png"}
+        "config.json", "tokenizer.pt", "weights.pt", "log.jsonl", "checkpoint-0000003.pt",
+        "checkpoint-0000004.pt", "checkpoint-0000006.pt", "step-000003.png", "step-000004.png",
+        "step-000006.png"}
     with Image.open(run / "step-000006.png") as picture:
         assert picture.size == (10 * 68 + 4, 5 * 68 + 4 + 22)
     lines = log_of(run)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 6]
-    assert lines[0].keys() == {"step", "loss", "accuracy", "r", "lr", "gradient_norm"}
-    assert lines[-1].keys() == {"step", "final_order_bits", "final_order_accuracy",
-                                "random_order_bits", "random_order_accuracy"}
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["r"] for line in lines] == pytest.approx([1, 1, 1, 1, 1 / 3, 0])
+    assert [line["passes"] for line in lines] == pytest.approx([0.16 * n for n in range(1, 7)])
+    assert lines[0].keys() == {"step", "loss", "accuracy", "r", "lr", "gradient_norm", "passes"}
+    assert lines[-1].keys() - lines[0].keys() == {
+        "final_order_bits", "final_order_accuracy", "random_order_bits", "random_order_accuracy"}
     assert rar.main(TRAIN) == 0
     assert "is finished: 6 updates" in capsys.readouterr().out
 
@@ -481,6 +495,59 @@ def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert log_of(Path("whole")) == log_of(Path("parts"))
     assert Path("whole/step-000006.png").read_bytes() == Path("parts/step-000006.png").read_bytes()
+
+
+def test_checkpoints(workplace, capsys):
+    """The last two are kept, every Nth, and the one where annealing begins; each can be sampled; an
+    unreadable one falls back to the one before."""
+    train = [*TRAIN, "--save-every", "1", "--steps", "12", "--anneal", "0.2", "0.75", "--keep-every"]
+    assert rar.main([*train, "5"]) == 0
+    run = Path("runs/shapes-tiny")
+    assert sorted(int(p.stem[11:]) for p in run.glob("check*")) == [3, 5, 10, 11, 12]
+    weights = (run / "weights.pt").read_bytes()
+    assert log_of(run)[2]["r"] == 1 > log_of(run)[3]["r"]
+    for name in ("weights.pt", "checkpoint-0000012.pt"):
+        assert rar.main(["sample", "--weights", str(run / name), "--out", name[0] + ".png"]) == 0
+    assert Path("w.png").read_bytes() == Path("c.png").read_bytes()
+    assert rar.main(["sample", "--weights", str(run / "checkpoint-0000003.pt")]) == 0
+    for name in ("checkpoint-0000012.pt", "checkpoint-0000011.pt"):
+        (run / name).write_bytes((run / name).read_bytes()[:-500])
+    capsys.readouterr()
+    assert rar.main([*train, "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("going on from the checkpoint before") == 2
+    assert [line["step"] for line in log_of(run)] == list(range(1, 13))
+    assert (run / "weights.pt").read_bytes() == weights
+    for path in run.glob("checkpoint*"):
+        path.write_bytes(b"")
+    assert "checkpoint-0000003.pt" in refused([*train, "4"], capsys)
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient_norm"])
+def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, wrong):
+    step_of = rar.train_step
+
+    def diverged(network, optimizer, config, batch, step, autocast):
+        line = step_of(network, optimizer, config, batch, step, autocast)
+        return line | {wrong: line[wrong] * (math.nan if step == 4 else 1)}
+
+    monkeypatch.setattr(rar, "train_step", diverged)
+    error = refused([*TRAIN, "--log-every", "6"], capsys, last_line=True)
+    assert "update 5" in error and "checkpoint-0000004.pt" in error and "--lr" in error
+    assert sorted(p.name for p in Path("runs/shapes-tiny").glob("check*"))[-1].endswith("4.pt")
+    state = tok.read_tensors("runs/shapes-tiny/weights.pt")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_recompute_gives_the_same_gradients():
+    config = dataclasses.replace(TINY, dropout=0.3)
+    gradients = []
+    for recompute in (False, True):
+        model = closed_form(RAR(dataclasses.replace(config, recompute=recompute))).train()
+        torch.manual_seed(5)
+        rar.training_loss(model, TOKENS, LABELS, ORDERS)[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 def test_resume_after_a_kill(workplace, monkeypatch):
@@ -564,7 +631,11 @@ def test_mistakes_with_a_run(workplace, capsys):
             (["sample", "--order", "zigzag"], "--order zigzag"),
             (["sample", "--seed", "-1"], "--seed"),
             (["sample", "--out", "runs/a/weights.pt/x.png"], "--out"),
-            (["sample", "--out", "runs"], "--out"),
+            (["sample", "--out", "nowhere/samples"], "with a / at its end"),
+            (["sample", "--out", "x.png", "--count", "20000"], "too many for a grid"),
+            (["sample", "--model", "RAR-B"], "--pretrained"),
+            (["sample", "--pretrained"], "--model RAR-B | RAR-L"),
+            (["sample", "--pretrained", "--model", "RAR-M"], "--model"),
             (["sample", "--out", "picture.gif"], "--out"),
             (["sample", "--weights", "runs/a/tokenizer.pt"], "tokenizer.pt"),
             (["sample", "--coun", "3"], "--coun"),
@@ -581,10 +652,12 @@ def test_mistakes_with_a_run(workplace, capsys):
         assert "weights.pt" in refused(["sample"], capsys)
     assert rar.main([*TRAIN, "--run", "runs/a"]) == 0  # which makes weights.pt anew
     assert (run / "weights.pt").read_bytes() == weights
-    checkpoint = (run / "checkpoint.pt").read_bytes()
-    (run / "checkpoint.pt").unlink()
-    assert "no checkpoint.pt" in refused([*TRAIN, "--run", "runs/a"], capsys)
-    (run / "checkpoint.pt").write_bytes(checkpoint)
+    for number in (3, 4):
+        (run / f"checkpoint-000000{number}.pt").unlink()
+    newest = run / "checkpoint-0000006.pt"
+    newest.rename("away")
+    assert "no checkpoint" in refused([*TRAIN, "--run", "runs/a"], capsys)
+    Path("away").rename(newest)
     tokenizer = (run / "tokenizer.pt").read_bytes()
     tok.write_tensors(run / "tokenizer.pt", tok.PatchTokenizer(4, 8, 16).state_dict())
     assert "grid_size 4" in refused(["sample"], capsys)
@@ -593,9 +666,9 @@ def test_mistakes_with_a_run(workplace, capsys):
     assert "tokenizer.pt" in refused(["eval"], capsys)
     (run / "tokenizer.pt").write_bytes(tokenizer[:500])
     assert "tokenizer.pt" in refused(["sample"], capsys)
-    state = tok.read_tensors(run / "checkpoint.pt")
+    state = tok.read_tensors(newest)
     state["model"]["lm_head.weight"] = torch.zeros(7, 7)
-    tok.write_tensors(run / "checkpoint.pt", state)
+    tok.write_tensors(newest, state)
     Path("runs/a/config.json").write_text(
         Path("runs/a/config.json").read_text().replace('"steps": 6', '"steps": 7'))
     arguments = [*TRAIN, "--run", "runs/a", "--steps", "7"]
@@ -771,8 +844,8 @@ def test_eval_of_weights_from_elsewhere(photographs, capsys):
     Path("other").mkdir()
     Path("runs/photos-small/weights.pt").rename("other/rar.bin")
     arguments = ["eval", "--weights", "other/rar.bin", "--data", "photos"]
-    assert tok.RELEASED in refused(arguments, capsys)
-    Path("runs/photos-small/tokenizer.pt").rename(Path("other") / tok.RELEASED)
+    assert "other/tokenizer.pt" in refused(arguments, capsys)
+    Path("runs/photos-small/tokenizer.pt").rename("other/tokenizer.pt")
     assert rar.main(arguments) == 0
     assert f"{own:.3f} bits/token in raster order" in capsys.readouterr().out
     assert "10 classes, the model 2" in refused([*arguments[:3], "--data", "shapes"], capsys)
@@ -878,3 +951,220 @@ def test_reconstruct(photographs, capsys):
         capsys.readouterr()
         assert tok.main(["reconstruct", "--tokenizer", "run", *arguments]) == 2
         assert named in capsys.readouterr().err
+
+
+# ---- Released files and many samples -------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(workplace, monkeypatch):
+    """A model hub on this machine. hub["name"] = bytes is what it has; "cut" says to break off in
+    the middle of a file, "lie" to send half of it as if it were all; `asked` lists the requests."""
+
+    class Hub(dict):
+        mode, asked = None, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            hub.asked.append(self.path)
+            body = hub.get(self.path.split("/")[-1])
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            if body is not None:
+                self.wfile.write(body if hub.mode is None else body[:len(body) // 2])
+
+        def log_message(self, *args):
+            pass
+
+    hub, server = Hub(), ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetch(hub, workplace):
+    torch.save({"x": torch.arange(100_000)}, "x.bin")
+    good = Path("x.bin").read_bytes()
+    right, checkpoints = hashlib.sha256(good).hexdigest(), workplace / "torch/hub/checkpoints"
+
+    def fails(sha256=None):
+        with pytest.raises(tok.UserError, match="put it at .*x.bin") as error:
+            tok.fetch_released("owner/name", "x.bin", sha256)
+        assert os.listdir(checkpoints) == [] and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "404" in fails()
+    hub["x.bin"] = b"<html>Please log in</html>"
+    assert "not a PyTorch file" in fails()
+    assert "invalid hash" in fails(right)
+    hub["x.bin"], hub.mode = good, "cut"
+    assert f"broke after {len(good) // 2}" in fails()
+    assert "cannot download" in fails(right)
+    hub.mode = None
+    assert "invalid hash" in fails("0" * 64)
+    left = checkpoints / "x.bin.123.part.456.partial"  # by a process that was killed long ago
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    hub.asked.clear()
+    path = tok.fetch_released("owner/name", "x.bin", right)
+    assert path.read_bytes() == good and os.listdir(checkpoints) == ["x.bin"]
+    assert set(hub.asked) == {"/owner/name/resolve/main/x.bin"}
+    hub.clear()
+    assert tok.fetch_released("owner/name", "x.bin", right) == path  # once is enough
+    path.unlink()
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert "refused" in fails()
+
+
+def test_pretrained(hub, capsys, monkeypatch):
+    """From two files on a hub to a grid, with the settings of the model's size."""
+    config = dataclasses.replace(PRESETS["RAR-XL"], width=32, depth=1, heads=2, mlp_width=32,
+                                 num_classes=5)
+    monkeypatch.setitem(PRESETS, "RAR-XL", config)
+    torch.manual_seed(0)
+    torch.save(RAR(config).state_dict(), "model")
+    torch.save(closed_form(tok.MaskGITVQGAN()).state_dict(), "tokenizer")
+    hub["rar_xl.bin"] = Path("model").read_bytes()
+    hub[tok.RELEASED] = Path("tokenizer").read_bytes()
+    sample = ["sample", "--model", "RAR-XL", "--pretrained", "--count", "2", "--out", "x.png"]
+    assert "invalid hash" in refused(sample, capsys, last_line=True)
+    released = hashlib.sha256(hub["rar_xl.bin"]).hexdigest()
+    monkeypatch.setitem(tok.RELEASED_MODELS, "RAR-XL", ("rar_xl.bin", released))
+    assert rar.main(sample) == 0
+    hub.clear()
+    assert rar.main([*sample[:-1], "y.npz"]) == 0
+    settings = json.loads(tok.zipfile.ZipFile("y.npz").comment)
+    assert (settings["scale"], settings["power"], settings["temperature"]) == (6.9, 1.5, 1.02)
+    images = np.load("y.npz")["arr_0"]
+    assert images.shape == (2, 256, 256, 3)
+    with Image.open("x.png") as grid:
+        assert np.array_equal(np.asarray(grid)[26:282, 4:260], images[0])
+    assert rar.main(["sample", "--weights", "model", "--count", "1", "--out", "z.npz"]) == 0
+    assert np.array_equal(np.load("z.npz")["arr_0"][0], images[0])
+
+
+def test_weights_survive_the_round_trip(workplace):
+    assert rar.main(TRAIN) == 0
+    model, config, folder = rar.load_model(None, {}, torch.device("cpu"))
+    written = torch.load("runs/shapes-tiny/weights.pt", weights_only=True)
+    assert written.keys() == dict(model.named_parameters()).keys()  # a state dict, nothing else
+    tok.write_tensors("again.pt", model.state_dict())
+    tokenizer = closed_form(tok.MaskGITVQGAN())
+    tok.write_tensors("tokenizer.pt", tokenizer.state_dict())
+    for state, again in ((written, tok.read_tensors("again.pt")),
+                         (tokenizer.state_dict(), tok.load("tokenizer.pt").state_dict())):
+        assert state.keys() == again.keys()
+        assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+NPZ = ["sample", "--count", "23", "--device", "cpu"]
+
+
+@pytest.fixture
+def trained(workplace):
+    assert rar.main(TRAIN) == 0
+
+
+def test_npz(trained, capsys):
+    model, config, folder = rar.load_model(None, {"seed": 1}, torch.device("cpu"))
+    tokenizer = tok.tokenizer_of(config, folder)
+    for micro_batch in ("8", "5"):
+        arguments = ["--micro-batch", micro_batch, "--out", f"{micro_batch}.npz"]
+        assert rar.main([*NPZ, *arguments]) == 0
+    assert "23 of 23 pictures to make" in capsys.readouterr().out
+    with np.load("8.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"]
+        images = file["arr_0"]
+    assert images.shape == (23, 32, 32, 3) and images.dtype == np.uint8
+    assert (np.load("5.npz")["arr_0"] != images).any(axis=(1, 2, 3)).mean() <= 0.01
+    # image i is of class i % 10, and truncated
+    order = torch.arange(64)
+    tokens = generate(model, torch.arange(23) % 10, config.scale, config.power, config.temperature,
+                      uniforms=rar.image_uniforms(1, range(23), 64), orders=order)
+    assert np.array_equal(tok.to_uint8(tokenizer.decode(tokens)), images)
+    assert rar.main([*NPZ, "--out", "folder/"]) == 0
+    assert len(os.listdir("folder")) == 23
+    assert np.array_equal(np.asarray(Image.open("folder/000022.png")), images[22])
+    for name in ("8.npz", "folder"):
+        assert "other settings" in refused([*NPZ, "--seed", "2", "--out", name], capsys)
+
+
+def test_sampling_goes_on_after_a_kill(trained, capsys, monkeypatch):
+    """Ctrl-C after every other batch: no picture is made twice, and the file is the same."""
+    assert rar.main([*NPZ, "--micro-batch", "4", "--out", "whole.npz"]) == 0
+    put, made = tok.Samples.put, []
+
+    def interrupted(self, numbers, images):
+        put(self, numbers, images)
+        made.extend(numbers.tolist())
+        if len(made) in (8, 16):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tok.Samples, "put", interrupted)
+    arguments = [*NPZ, "--micro-batch", "4", "--out", "parts.npz"]
+    for _ in range(2):
+        assert rar.main(arguments) == 130
+        assert not Path("parts.npz").exists()
+    assert "other settings" in refused([*arguments, "--scale", "2"], capsys)
+    Path("parts.npz.parts/000003.png").write_bytes(b"half")
+    assert rar.main(arguments) == 0
+    assert sorted(made) == sorted([*range(23), 3])
+    assert Path("parts.npz").read_bytes() == Path("whole.npz").read_bytes()
+    assert not Path("parts.npz.parts").exists()
+    assert rar.main(arguments) == 0  # it is there: nothing is made
+    assert len(made) == 24
+
+
+def test_no_room_for_the_samples(trained, capsys, monkeypatch):
+    usage = tok.shutil.disk_usage(".")
+    monkeypatch.setattr(tok.shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    assert "GB" in refused([*NPZ, "--out", "x.npz"], capsys)
+
+
+def torchrun(*arguments):
+    """Run a command in two processes that talk by gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_sampling_with_two_processes(trained):
+    assert rar.main([*NPZ, "--micro-batch", "4", "--out", "one.npz"]) == 0
+    result = torchrun(rar.__file__, *NPZ, "--micro-batch", "4", "--out", "two.npz")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("23 pictures") == 2  # rank 0 alone talks: to make, made
+    one, two = (np.load(name)["arr_0"] for name in ("one.npz", "two.npz"))
+    assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.01
+
+    Path("dies.py").write_text("""
+import sys, rar, tokenizer
+def put(self, numbers, images):
+    if tokenizer.RANK == 1:
+        raise tokenizer.UserError("rank 1 is out of luck")
+tokenizer.Samples.put = put
+sys.exit(rar.main())
+""")
+    os.environ["PYTHONPATH"] = str(Path(rar.__file__).parent)
+    result = torchrun("dies.py", *NPZ, "--out", "three.npz")
+    assert result.returncode != 0 and not Path("three.npz").exists()
+    assert "rank 1: error: rank 1 is out of luck" in result.stderr
+
+
+def test_draws_follow_the_softmax(model):
+    """20,000 first and second tokens of one class against the model's own probabilities."""
+    uniforms = rar.image_uniforms(11, range(20_000), 16)
+    labels = torch.full((500,), 4)
+    with torch.no_grad():
+        tokens = torch.cat([generate(model, labels, 0, 0, 1.3, uniforms=part)[:, :2]
+                            for part in uniforms.split(500)])
+        logits = model(torch.arange(32)[:, None].expand(32, 16), labels[:32],
+                       torch.arange(16).expand(32, 16)) / 1.3
+    first, second = logits[0, 0].softmax(-1), logits[:, 1].softmax(-1)  # (V,), (first V, second V)
+    for drawn, expected in ((tokens[:, 0], first), (tokens[:, 1], first @ second)):
+        expected = expected.double() / expected.double().sum() * 20_000
+        counts = torch.bincount(drawn, minlength=32)
+        assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3

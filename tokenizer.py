@@ -15,6 +15,7 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import http.client
 import itertools
@@ -38,8 +39,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
@@ -81,8 +83,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
 
-    def command(self, name, function, about, config=None, knobs=None):
-        """Add a command with flags for the named knobs of a dataclass, or for all of them."""
+    def command(self, name, function, about, config=None, knobs=None, precision="tf32"):
+        """Add a command with flags for the named knobs of a dataclass, or for all of them, and the
+        precision that it has on cuda unless --precision says otherwise."""
         if self.commands is None:
             self.commands = self.add_subparsers(required=True)
         command = self.commands.add_parser(
@@ -92,12 +95,14 @@ class Parser(argparse.ArgumentParser):
             if knobs is None or field.name in knobs:
                 several = isinstance(field.default, tuple)
                 kind = type(field.default[0] if several else field.default)
-                command.add_argument(flag(field), type=kind, help=field.metadata["why"],
-                                     nargs=len(field.default) if several else None)
+                how = {"type": kind, "nargs": len(field.default) if several else None}
+                if kind is bool:
+                    how = {"action": argparse.BooleanOptionalAction}
+                command.add_argument(flag(field), help=field.metadata["why"], **how)
         command.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
         command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
-                             help="of matrix products [bfloat16 on cuda, else float32]")
-        command.set_defaults(function=function, config=config)
+                             help=f"of matrix products [{precision} on cuda, else float32]")
+        command.set_defaults(function=function, config=config, cuda_precision=precision)
         return command
 
     def run(self, argv):
@@ -108,23 +113,35 @@ class Parser(argparse.ArgumentParser):
             given = {field.name: getattr(args, field.name, None) for field in fields}
             knobs = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in given.items() if value is not None}
-            args.function(args, knobs, *choose_device(args.device, args.precision))
+            device = choose_device(args.device)
+            on_cuda = device.type == "cuda"
+            args.precision = args.precision or (args.cuda_precision if on_cuda else "float32")
+            autocast = choose_precision(device, args.precision)
+            with processes(device):
+                args.function(args, knobs, device, autocast)
             return 0
         except torch.OutOfMemoryError:
-            print(f"error: out of memory: lower {self.memory_flag}", file=sys.stderr)
-            return 2
+            return failed(f"error: out of memory: lower {self.memory_flag}", 2)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return failed(f"error: {error}", 2)
         except KeyboardInterrupt as error:
-            print(str(error) or "interrupted", file=sys.stderr)
-            return 130
+            return failed(str(error) or "interrupted; the same command goes on", 130)
         except BrokenPipeError:  # whoever read our output has gone, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except OSError as error:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
+            return failed(f"error: {error.filename}: {error.strerror}", 2)
+        except RuntimeError:
+            if WORLD_SIZE > 1:
+                time.sleep(5)  # if it is that another process has gone, torchrun ends us meanwhile
+            raise
+
+def failed(message, code):
+    if RANK > 0:
+        time.sleep(2)  # if rank 0 says the same, torchrun ends us first
+        message = f"rank {RANK}: {message}"
+    print(message, file=sys.stderr)
+    return code
 
 def whole_number(low):
     """A type for argparse: an integer from `low` up to what a seed can be."""
@@ -134,20 +151,78 @@ def whole_number(low):
         return int(text)
     return number
 
-def choose_device(name, precision):
-    """The device, and the autocast context in which networks run on it; weights stay float32."""
+def choose_device(name):
+    """The torch.device of this name, or the best that there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     name = name or next(name for name in there if there[name])
     if not there[name]:
         raise UserError(f"--device {name}: this machine has no such device that torch can use")
-    precision = precision or ("bfloat16" if name == "cuda" else "float32")
-    if precision == "tf32" and name != "cuda":
-        raise UserError(f"--precision tf32 exists on cuda alone, and this is {name}")
+    return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
+
+def choose_precision(device, precision):
+    """The autocast context in which networks run on the device; weights stay float32."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 exists on cuda alone, and this is {device.type}")
     # in bfloat16 the few products that stay float32, such as the logits', may use TF32 too
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
-    return torch.device(name), torch.autocast(name, torch.bfloat16, precision == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
+
+# ---- Processes: torchrun starts them and says in the environment who is who ----------------------
+
+RANK, LOCAL_RANK, WORLD_SIZE = (
+    int(os.environ.get(name, default))
+    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+@contextlib.contextmanager
+def processes(device):
+    """Join the processes of torchrun, if it started this one. Rank 0 alone talks."""
+    if WORLD_SIZE == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The others wait for rank 0 while it makes the tokens of a data set; that takes hours. Whether
+    # a process has died is for torchrun to notice, not for a time limit.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(days=1))
+    with open(os.devnull, "w") as silence, contextlib.ExitStack() as stack:
+        if RANK > 0:
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        yield
+    dist.destroy_process_group()  # not after an error: the others would fail before it is told
+
+def sum_over_processes(tensor):
+    """Add up a tensor over the processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+def wait_for_all():
+    sum_over_processes(torch.zeros(1))
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """What rank 0 writes inside, the others find there."""
+    if RANK > 0:
+        wait_for_all()
+    yield
+    if RANK == 0:
+        wait_for_all()
+
+def check_same_on_all(config, rows):
+    """Raise UserError if this process has another config or other data than rank 0."""
+    if WORLD_SIZE > 1:
+        about = json.dumps(dataclasses.asdict(config)).encode()
+        checksums = torch.zeros(WORLD_SIZE, 2, dtype=torch.int64)
+        checksums[RANK] = torch.tensor([zlib.crc32(about), zlib.crc32(rows)])
+        for own, first, what in zip(checksums[RANK].tolist(),
+                                    sum_over_processes(checksums)[0].tolist(),
+                                    ("other flags", f"other data in {config.data}")):
+            if own != first:
+                raise UserError(f"this process has {what} than rank 0")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
@@ -218,7 +293,8 @@ def read_tensors(path, sha256=None):
         if sha256 is None or digest(np.memmap(path, mode="r")) != sha256:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-        value = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        value = None if damaged else torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever a foreign file makes the two parsers raise
@@ -243,22 +319,48 @@ def fetch(url, sha256=None):
         socket.setdefaulttimeout(60)  # of silence; torch.hub sets no limit
         with urllib.request.urlopen(url) as response:
             size = response.length
-        if size is not None and size > (free := shutil.disk_usage(path.parent).free):
-            raise ValueError(f"{size / 1e9:.2f} GB, and {path.parent} has room for {free / 1e9:.2f}")
+        check_room(path.parent, size or 0, "it")
         print(f"downloading {url} to {path}", file=sys.stderr)
         torch.hub.download_url_to_file(url, str(part), sha256)
         if size is not None and part.stat().st_size != size:
-            raise ValueError(f"the connection broke after {part.stat().st_size:,} of {size:,} bytes")
+            raise ValueError(f"the connection broke after {part.stat().st_size} of {size} bytes")
         if sha256 is None and not zipfile.is_zipfile(part):
             raise ValueError("what came is not a PyTorch file")
         os.replace(part, path)
     except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {url}: {error}. Try again, or get the file some other way "
-                        f"and put it at {path}") from error
+        raise UserError(f"cannot download {url}: {error}. Try again, or get the file some other "
+                        f"way and put it at {path}") from error
     finally:
         socket.setdefaulttimeout(before)
         part.unlink(missing_ok=True)
     return path
+
+RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
+RELEASED_MODELS = {  # and the SHA-256 of each
+    "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
+    "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
+    "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
+    "RAR-XXL": ("rar_xxl.bin", "85aba44fef7aecfd879829077e541f09da4c29da3b1fd374837601d7322bf6ff"),
+}
+
+def fetch_released(repository, file, sha256=None):
+    """The path of a file on Hugging Face, or on the mirror that HF_ENDPOINT names."""
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    with rank_zero_first():
+        return fetch(f"{host.rstrip('/')}/{repository}/resolve/main/{file}", sha256)
+
+def chosen_weights(args):
+    """The path that --weights names, or that of the released --model, which is fetched."""
+    if not args.pretrained:
+        if args.model:
+            raise UserError(f"--model {args.model} goes with --pretrained; the size of --weights "
+                            "is read off the file")
+        return args.weights
+    if args.weights or not args.model:
+        raise UserError(f"--pretrained goes with --model {' | '.join(RELEASED_MODELS)}, and "
+                        "without --weights")
+    fetch_released("fun-research/TiTok", RELEASED)  # and it lies beside the weights
+    return fetch_released("yucornetto/RAR", *RELEASED_MODELS[args.model])
 
 def load_strictly(module, state, path):
     """Copy a state dict into a module; UserError at the first name or shape that differs."""
@@ -289,8 +391,10 @@ def find_weights(path):
     return path
 
 def read_weights(path):
-    """A RAR's state dict, and the sizes in its Config as they follow from the shapes."""
+    """A RAR's state dict, of a weights file or of a run's checkpoint, and the sizes in its Config
+    as they follow from the shapes."""
     state = read_tensors(path)
+    state = state["model"] if state.keys() == CHECKPOINT else state
     try:
         ids, width = state["embeddings.weight"].shape
         codebook_size = len(state["lm_head.bias"])
@@ -315,14 +419,15 @@ def init_weights(model, path):
         state["embeddings.weight"] = torch.cat([given[:first], own[first:].cpu()])
     load_strictly(model, state, path)
 
-def read_config(folder, kind):
-    """The dataclass `kind` from the config.json in a folder; its defaults if there is no file."""
+def read_config(folder, default):
+    """The dataclass of `default` from the config.json in a folder; the default if there is none."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        return kind()
+        return default
     values = read_json(path)
     try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return type(default)(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except (TypeError, UserError) as error:
         raise UserError(f"{path} is not the config of a run: {error}") from error
 
@@ -332,15 +437,11 @@ def check_folder(folder, given):
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{given}: {there} is not a folder that can be written to")
 
-def picture_path(out, folder):
-    """The PNG file that --out names, or a new one in the folder."""
-    numbers = range(1, sys.maxsize)
-    new = next(p for p in (Path(folder) / f"samples-{n}.png" for n in numbers) if not p.exists())
-    path = Path(out) if out else new
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"--out {path}: name a file that ends in .png")
-    check_folder(path.parent, f"--out {path}")
-    return path
+def check_room(folder, size, what):
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{what} needs {size / 1e9:.2f} GB in {folder}, which has room for "
+                        f"{free / 1e9:.2f} GB")
 
 def held_out_text(config, result):
     return "held-out " + ", ".join(
@@ -348,69 +449,103 @@ def held_out_text(config, result):
         f"({result[key + '_accuracy']:.0%} of tokens right)"
         for name, key in ((config.order, "final_order"), ("random", "random_order")))
 
+CHECKPOINT = {"updates", "model", "optimizer"}  # what a checkpoint holds
+
 class Run:
-    """The folder of a training run: config.json, tokenizer.pt, checkpoint.pt (all that is needed to
-    go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
+    """The folder of a training run: config.json, tokenizer.pt, checkpoint-*.pt (all that is needed
+    to go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
 
     # What may change while a run goes on, since no weight follows from it but by rounding.
-    free = ("micro_batch", "log_every", "save_every", "scale", "power", "temperature")
+    free = ("micro_batch", "recompute", "log_every", "save_every", "keep_every", "scale", "power",
+            "temperature")
 
     def __init__(self, folder, config):
-        self.folder, self.config, self.stopped = Path(folder), config, False
+        self.folder, self.config = Path(folder), config
+        # asked: a signal came to this process; stopped: one came to any, and all know it
+        self.asked = self.stopped = False
         check_folder(self.folder, f"--run {folder}")
+        if config.batch % WORLD_SIZE:
+            raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
+
+    def checkpoints(self):
+        """The checkpoints by their number of updates, the newest first."""
+        found = {int(path.stem.split("-")[1]): path
+                 for path in self.folder.glob("checkpoint-" + "[0-9]" * 7 + ".pt")}
+        return dict(sorted(found.items(), reverse=True))
 
     def load(self, model, optimizer):
-        """Copy the checkpoint, if there is one, into both. Returns the updates that were made.
-        Raises UserError if the checkpoint is that of another config."""
-        path, weights = self.folder / "checkpoint.pt", self.folder / "weights.pt"
-        if weights.exists() and not path.exists():
-            raise UserError(f"{self.folder} holds weights.pt but no checkpoint.pt to go on from: "
+        """Copy the newest checkpoint that can be read, if there is one, into both. Returns the
+        updates that were made. Raises UserError if it is that of another config."""
+        weights, there = self.folder / "weights.pt", self.checkpoints()
+        if weights.exists() and not there:
+            raise UserError(f"{self.folder} holds weights.pt but no checkpoint to go on from: "
                             "name another folder with --run")
-        if not path.exists():
+        if not there:
             return 0
-        saved = read_config(self.folder, type(self.config))
+        saved = read_config(self.folder, self.config)
         for field in dataclasses.fields(saved):
             old, new = getattr(saved, field.name), getattr(self.config, field.name)
             if old != new and field.name not in self.free:
                 raise UserError(f"{self.folder} holds a run with {flag(field)} {old}, not {new}: "
                                 "name another folder with --run")
-        state = read_tensors(path)
-        if state.keys() != {"updates", "model", "optimizer"}:
-            raise UserError(f"{path} is not the checkpoint of a run")
+        for path in there.values():
+            try:
+                state = read_tensors(path)
+                if state.keys() != CHECKPOINT:
+                    raise UserError(f"{path} is not the checkpoint of a run")
+                break
+            except UserError as error:
+                if path == list(there.values())[-1]:
+                    raise
+                print(f"{error}; going on from the checkpoint before it")
         load_strictly(model, state["model"], path)
         optimizer.load_state_dict(state["optimizer"])
-        write_tensors(weights, state["model"])  # in case a kill came between the two files
+        if RANK == 0:
+            write_tensors(weights, state["model"])  # in case a kill came between the two files
         return state["updates"]
 
     def save(self, step, model, optimizer):
-        weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        write_tensors(self.folder / "checkpoint.pt", {
-            "updates": step + 1, "model": weights, "optimizer": optimizer.state_dict()})
+        if RANK > 0:
+            return
+        done, weights = step + 1, {n: tensor.cpu() for n, tensor in model.state_dict().items()}
+        write_tensors(self.folder / f"checkpoint-{done:07}.pt", {
+            "updates": done, "model": weights, "optimizer": optimizer.state_dict()})
         write_tensors(self.folder / "weights.pt", weights)
+        every = self.config.keep_every
+        for number, path in list(self.checkpoints().items())[2:]:
+            if number != self.annealing_starts() and not (every and number % every == 0):
+                with contextlib.suppress(OSError):  # not worth ending a run
+                    path.unlink()
 
-    def updates(self, first):
-        """Yield the updates first .. steps - 1 under a progress bar. On Ctrl-C or SIGTERM, the one
-        in hand is the last: `stopped` is set, to be saved before the next is asked for."""
-        write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-        # what was logged after the checkpoint is made again
-        self.log_path, kept = self.folder / "log.jsonl", []
-        if self.log_path.exists():
-            for line in self.log_path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or worse
-                    if json.loads(line)["step"] <= first:
-                        kept.append(line.decode())
-        with replacing(self.log_path) as beside:
-            beside.write_text("".join(line + "\n" for line in kept))
+    def annealing_starts(self):
+        """The number of updates after which r leaves 1: the last of a model for any order."""
+        return math.ceil(self.config.anneal[0] * self.config.steps)
+
+    def updates(self, first, images):
+        """Yield the updates first .. steps - 1 under a progress bar; a pass is of so many `images`.
+        On Ctrl-C or SIGTERM, the one in hand is the last: `stopped` is set, to be saved before the
+        next is asked for."""
+        self.log_path, self.images, kept = self.folder / "log.jsonl", images, []
+        if RANK == 0:
+            write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+            # what was logged after the checkpoint is made again
+            if self.log_path.exists():
+                for line in self.log_path.read_bytes().splitlines():
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+                        if json.loads(line)["step"] <= first:
+                            kept.append(line.decode())
+            with replacing(self.log_path) as beside:
+                beside.write_text("".join(line + "\n" for line in kept))
 
         def note(number, frame):
-            self.stopped = True
+            self.asked = True
             signal.signal(number, previous[number])  # the second one strikes at once
             tqdm.write("stopping after this update", file=sys.stderr)
 
         previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.config.steps, initial=first,
                         bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|")
-        self.logged, self.clock = first, time.perf_counter()
+        self.start_clock()
         try:
             with self.bar:
                 for step in range(first, self.config.steps):
@@ -421,9 +556,21 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def start_clock(self):
+        """Begin anew what is gathered between two lines of the log."""
+        self.clock, self.waited, self.lines = time.perf_counter(), 0.0, []
+
+    def wait_for(self, future):
+        """The result of a future; the time that it takes is logged as waiting."""
+        begin = time.perf_counter()
+        result = future.result()
+        self.waited += time.perf_counter() - begin
+        return result
+
     def is_milestone(self, step):
         done = step + 1
-        return done % self.config.save_every == 0 or done == self.config.steps
+        return (done % self.config.save_every == 0
+                or done in (self.annealing_starts(), self.config.steps))
 
     def preview(self, step):
         return self.folder / f"step-{step + 1:06}.png"
@@ -432,24 +579,38 @@ class Run:
         """Move the bar, and on every log_every-th update log what the step said of itself."""
         done = step + 1
         self.bar.update()
-        if done == 1 or done % self.config.log_every == 0 or self.is_milestone(step):
-            rate = (done - self.logged) * self.config.batch / (time.perf_counter() - self.clock)
-            line = {key: float(value) for key, value in line.items()} | {"images_per_second": rate}
-            self.log(step, line)
-            self.bar.set_postfix_str(
-                f"loss {line['loss']:.3f}, r {line['r']:.2f}, {rate:,.0f} images/s")
-            if not math.isfinite(line["loss"]):
-                raise UserError(f"the loss is {line['loss']} after {done} updates; {self.folder} "
-                                "keeps the checkpoint before that. Try a lower --lr or --clip")
+        self.lines.append(line)
+        self.stopped = sum_over_processes(torch.tensor(float(self.asked))) > 0
+        if not (done == 1 or done % self.config.log_every == 0 or self.is_milestone(step)
+                or self.stopped):
+            return
+        # only here is the device waited for: the loss of every update since the last line
+        for past, each in enumerate(self.lines, done - len(self.lines) + 1):
+            if not all(math.isfinite(each[key]) for key in ("loss", "gradient_norm")):
+                there = next(iter(self.checkpoints().values()), "no checkpoint yet")
+                raise UserError(
+                    f"update {past}: the loss is {float(each['loss'])}, the norm of its gradient "
+                    f"{float(each['gradient_norm'])}. {self.folder} is as it was (last good: "
+                    f"{there}). Try a lower --lr, a longer --warmup or --precision float32")
+        seconds, batch = time.perf_counter() - self.clock, self.config.batch
+        self.line = {key: float(value) for key, value in line.items()} | {
+            "images_per_second": len(self.lines) * batch / seconds,
+            "waiting": self.waited / seconds, "passes": done * batch / self.images}
+        self.bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}, "
+                                 "{images_per_second:,.0f} images/s".format(**self.line))
+        if not self.is_milestone(step) and (done % self.config.log_every == 0 or done == 1):
+            self.log(step, self.line)
+        self.start_clock()
 
     def report_held_out(self, step, result):
-        self.log(step, result)
+        self.log(step, self.line | result)
         self.bar.write(f"step {step + 1}: {held_out_text(self.config, result)}")
+        self.start_clock()
 
     def log(self, step, line):
-        with writing(self.log_path), open(self.log_path, "a") as file:
-            file.write(json.dumps({"step": step + 1} | line) + "\n")
-        self.logged, self.clock = step + 1, time.perf_counter()
+        if RANK == 0:
+            with writing(self.log_path), open(self.log_path, "a") as file:
+                file.write(json.dumps({"step": step + 1} | line) + "\n")
 
     def say_what_next(self):
         """Say how it ended and what to type next. Raises KeyboardInterrupt if it was stopped."""
@@ -546,6 +707,8 @@ CROPS = {
     "center": lambda image, size: center_crop(image, size)[None],
 }
 
+CROP_COUNTS = {"ten": 10, "flip": 2, "center": 1}
+
 LAYOUT = "expected DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/val/CLASS/PICTURE"
 
 def class_folders(folder):
@@ -623,7 +786,9 @@ class Chunks(torch.utils.data.Dataset):
 
 def read_pictures(files, crops, size):
     """Yield what read_picture makes of each file, in order; worker processes do it."""
-    workers = min(-(-len(files) // 16), torch.get_num_threads())
+    # not torch.get_num_threads(), which is 1 under torchrun
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(-(-len(files) // 16), cores)
     loader = torch.utils.data.DataLoader(
         Chunks(files, crops, size), batch_size=None, num_workers=workers, collate_fn=list)
     for chunk in loader:
@@ -850,7 +1015,10 @@ class MaskGITVQGAN(nn.Module):
     def decode(self, tokens):
         """int (B, 256) -> float (B, 3, 256, 256) in [0, 1]."""
         codes = self.quantize.embedding(tokens)  # (B, 256 cells, 256)
-        return self.decoder(codes.transpose(1, 2).unflatten(2, (16, 16))).clamp(0, 1)
+        codes = codes.transpose(1, 2).unflatten(2, (16, 16)).contiguous()
+        # one by one on a CPU: as fast, and pixels can't depend on the batch by rounding
+        parts = codes.split(1 if codes.device.type == "cpu" else len(codes))
+        return torch.cat([self.decoder(part) for part in parts]).clamp(0, 1)
 
 def load(path):
     """The tokenizer in a file, ours or the released one. Raises UserError if there is none."""
@@ -903,6 +1071,9 @@ def digest(*parts):
     for part in parts:
         sha.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
     return sha.hexdigest()
+
+def digest_of(module):
+    return digest(*(tensor.cpu().numpy() for tensor in module.state_dict().values()))
 
 def open_tokens(path, description=None):
     """The rows of a finished token file (N, 1 + T), memory-mapped; None if there is none, or one of
@@ -977,7 +1148,7 @@ def encode_pictures(pictures, tokenizer, crops, names, device, path=None, title=
     files = [str(file) for _, file in pictures]
     sizes = [os.stat(file).st_size if os.path.isfile(file) else -1 for file in files]
     description = {
-        "tokenizer": digest(*(tensor.cpu().numpy() for tensor in tokenizer.state_dict().values())),
+        "tokenizer": digest_of(tokenizer),
         "crops": crops, "image_size": tokenizer.image_size, "class_names": list(names),
         "files": digest(json.dumps([files, sizes, [c for c, _ in pictures]])),
         "count": len(files)}
@@ -1077,8 +1248,6 @@ def raise_bad_line(source, lines, done, writer):
         except ValueError as error:
             raise UserError(f"{source}: line {number}: {error}") from error
 
-RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
-
 def released_tokenizer(*folders):
     """The path of the released tokenizer's file if it is at hand, else None."""
     places = (*folders, ".", torch.hub.get_dir(), Path(torch.hub.get_dir()) / "checkpoints")
@@ -1100,7 +1269,7 @@ def recipe(data):
     released = released_tokenizer(data if Path(data).is_dir() else Path(data).parent)
     why = "1000 classes, hence as in the paper"
     if released is None:
-        why += f", but {RELEASED} is not at hand"
+        why += f", but {RELEASED} is not at hand (--tokenizer released fetches it)"
     return names, "RAR-B", {"tokenizer": str(released or "patch")}, why
 
 def crop_images(files, size):
@@ -1114,6 +1283,8 @@ def fit_tokenizer(config, images, path):
     """Put the tokenizer that config names at `path`: the one of a file, or one fitted to images."""
     if config.tokenizer == "patch":
         tokenizer = PatchTokenizer.fit(images(), config.grid_size, config.codebook_size)
+    elif config.tokenizer == "released":
+        tokenizer = load(released_tokenizer() or fetch_released("fun-research/TiTok", RELEASED))
     else:
         tokenizer = load(config.tokenizer)
     check_tokenizer(tokenizer, config, config.tokenizer)
@@ -1126,13 +1297,14 @@ def check_tokenizer(tokenizer, config, path, names=("grid_size", "codebook_size"
             raise UserError(f"{path} has {name} {has}, but --{name.replace('_', '-')} is {wanted}")
 
 def tokenizer_of(config, folder):
-    """The tokenizer that lies beside a model's weights: tokenizer.pt, else the released file."""
+    """The tokenizer of a model's weights: the tokenizer.pt that lies beside them. Weights without
+    a run's config.json can be the authors' and take the released file: that at hand, or fetched."""
     path = Path(folder) / "tokenizer.pt"
-    if not path.exists() and (released := released_tokenizer(folder)) is not None:
-        path = released
     if not path.exists():
-        raise UserError(f"there is no {path}: weights need the tokenizer.pt of their run beside "
-                        f"them, the released ones {RELEASED}")
+        of_a_run = (folder / "config.json").exists()
+        if of_a_run or (config.grid_size, config.codebook_size) != (16, 1024):
+            raise UserError(f"there is no {path}: weights need the tokenizer.pt of their run")
+        path = released_tokenizer(folder) or fetch_released("fun-research/TiTok", RELEASED)
     tokenizer = load(path)
     check_tokenizer(tokenizer, config, path, ("grid_size", "codebook_size"))
     return tokenizer
@@ -1200,16 +1372,15 @@ def to_uint8(images):
     return pixels.contiguous().cpu().numpy()
 
 def save_grid(path, images, names):
+    """A PNG of images (B, 3, H, W) in [0, 1], row by row, a column for each name, under it."""
     with replacing(path) as beside:
-        write_grid(beside, images, names)
+        grid_of(to_uint8(images), names).save(beside, format="PNG")
 
-def write_grid(path, images, names):
-    """A PNG of images (B, 3, H, W) in [0, 1], row by row, a column for each name, under it. With
+def grid_of(pixels, names):
+    """A picture of the pictures (B, H, W, 3), row by row, a column for each name, under it. With
     more than COLUMNS names it is so many columns without names."""
     columns, names = (len(names), names) if len(names) <= COLUMNS else (COLUMNS, ())
-    pixels = to_uint8(images)
-    scale = max(1, 80 // pixels.shape[1])  # small pictures are enlarged without smoothing
-    height, width = pixels.shape[1] * scale, pixels.shape[2] * scale
+    width = height = cell_size(pixels.shape[1])
     gap, header = 4, 22 if names else 0
     rows = math.ceil(len(pixels) / columns)
     size = (columns * (width + gap) + gap, rows * (height + gap) + gap + header)
@@ -1224,7 +1395,107 @@ def write_grid(path, images, names):
         row, column = divmod(i, columns)
         corner = (gap + column * (width + gap), gap + header + row * (height + gap))
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), corner)
-    sheet.save(path, format="PNG")
+    return sheet
+
+def cell_size(size):
+    return max(1, 80 // size) * size  # small pictures are enlarged, without smoothing
+
+def write_npz(path, count, size, pixels, comment=b""):
+    """An .npz as numpy.savez writes it, arr_0 (count, size, size, 3) uint8, but never whole in
+    memory: its bytes come from the iterable `pixels`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = comment
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, {
+                "descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
+            for part in pixels:
+                member.write(part)
+
+class Samples:
+    """Numbered pictures on their way to `path`, from any number of processes. Whoever is killed
+    goes on: `missing` are this process's numbers that are not there yet.
+
+    path is a folder that gets a PNG for each picture; or a grid (.png) or an .npz, which is put
+    together at the end and until then is the folder PATH.parts. Each file tells the settings that
+    it was made with, in the PNG's text or the .npz's zip comment; none is mixed with others.
+    """
+
+    def __init__(self, out, folder, count, size, settings):
+        new = (Path(folder, f"samples-{n}.png") for n in itertools.count(1))
+        path = self.path = Path(out) if out else next(p for p in new if not p.exists())
+        is_folder = path.is_dir() or str(out).endswith(("/", os.sep))
+        self.kind = "folder" if is_folder else path.suffix.lower()
+        if self.kind not in ("folder", ".png", ".npz"):
+            raise UserError(f"--out {out}: name a .png for a grid, an .npz, or a folder with a / "
+                            "at its end")
+        if self.kind == ".png" and count * (cell_size(size) + 4)**2 > Image.MAX_IMAGE_PIXELS:
+            raise UserError(f"--out {path}: {count} pictures are too many for a grid: name an "
+                            ".npz, or a folder with a / at its end")
+        check_folder(path if is_folder else path.parent, f"--out {path}")
+        self.store = path if is_folder else path.with_name(path.name + ".parts")
+        self.count, self.size, self.settings = count, size, json.dumps(settings)
+        self.comment = json.dumps(settings | {"count": count}).encode()
+        self.finished = self.kind == ".npz" and path.exists()
+        if self.finished:
+            with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+                if archive.comment == self.comment:
+                    self.missing = []
+                    return
+            raise UserError(f"--out {path} exists and was made with other settings: remove it, or "
+                            "name another file")
+        missing = [n for n in range(count) if not self.has(n)]
+        wait_for_all()  # nobody writes before all have looked
+        self.missing = missing[RANK::WORLD_SIZE]
+        if self.kind != ".png":
+            last = 3 * size**2 * count if self.kind == ".npz" else 0
+            need = 3 * size**2 * len(missing) + last
+            check_room(self.store.parent, need, f"{path} meanwhile")
+            print(f"{path}: {len(missing):,} of {count:,} pictures to make, which takes up to "
+                  f"{need / 1e9:.2g} GB of disk" + f", {last / 1e9:.2g} GB in the end" * bool(last))
+
+    def file(self, number):
+        return self.store / f"{number:06}.png"
+
+    def has(self, number):
+        try:
+            with Image.open(self.file(number)) as image:
+                same = image.info.get("settings") == self.settings
+        except Exception:  # half a picture is none
+            return False
+        if not same and self.kind != ".png":
+            raise UserError(f"{self.file(number)} was made with other settings: remove "
+                            f"{self.store}, or name another --out")
+        return same
+
+    def put(self, numbers, images):
+        text = PngImagePlugin.PngInfo()
+        text.add_text("settings", self.settings)
+        for number, pixels in zip(numbers.tolist(), to_uint8(images)):
+            with replacing(self.file(number)) as beside:
+                Image.fromarray(pixels).save(beside, "PNG", compress_level=1, pnginfo=text)
+
+    def pixels(self, number):
+        try:
+            return np.asarray(Image.open(self.file(number)))
+        except Exception as error:
+            raise UserError(f"{self.file(number)} is damaged: remove it, and the same command "
+                            "makes it again") from error
+
+    def finish(self, names):
+        """Put the file together, with names under the columns of a grid."""
+        wait_for_all()
+        if RANK > 0 or self.kind == "folder":
+            return
+        if not self.finished:
+            with replacing(self.path) as beside:
+                if self.kind == ".png":
+                    grid = grid_of(np.stack([self.pixels(n) for n in range(self.count)]), names)
+                    grid.save(beside, "PNG")
+                else:
+                    numbers = tqdm(range(self.count), "putting together", leave=False)
+                    pixels = (self.pixels(n) for n in numbers)
+                    write_npz(beside, self.count, self.size, pixels, self.comment)
+        shutil.rmtree(self.store, ignore_errors=True)
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -1278,16 +1549,13 @@ def reconstruct_command(args, knobs, device, autocast):
                 raw.write(to_uint8(again))
         if count == 0:
             raise UserError(f"{files[0]}: neither this picture nor any other can be read")
-        if path.suffix == ".npz":  # as numpy.savez writes it, but never whole in memory
+        if path.suffix == ".npz":
             raw.seek(0)
-            with zipfile.ZipFile(beside, "w") as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, {
-                        "descr": "|u1", "fortran_order": False,
-                        "shape": (count, tokenizer.image_size, tokenizer.image_size, 3)})
-                    shutil.copyfileobj(raw, member)
+            parts = iter(lambda: raw.read(2**20), b"")
+            write_npz(beside, count, tokenizer.image_size, parts)
         else:
-            write_grid(beside, torch.cat(shown), ["picture", "again"] * min(4, count))
+            columns = ["picture", "again"] * min(4, count)
+            grid_of(to_uint8(torch.cat(shown)), columns).save(beside, "PNG")
     print(f"{path}: {count} pictures")
 
 def main(argv=None):

@@ -47,7 +47,8 @@ def accuracy(classifier, images, labels):
 
 
 torch.set_num_threads(1)  # so that the classifier is the same on every machine
-device, autocast = tok.choose_device("cpu", "float32")
+device = tok.choose_device("cpu")
+autocast = tok.choose_precision(device, "float32")
 try:
     model, config, folder = rar.load_model(sys.argv[1] if len(sys.argv) > 1 else None, {}, device)
 except tok.UserError as error:
@@ -55,6 +56,7 @@ except tok.UserError as error:
 classifier = train_classifier(*drawings(0, tok.SHAPES_TRAIN))
 held_out = drawings(tok.SHAPES_TRAIN, tok.SHAPES_TRAIN + tok.SHAPES_HELD_OUT)
 labels = torch.arange(500) % config.num_classes
-images = rar.sample_images(model, tok.tokenizer_of(config, folder), labels, config, autocast)
+samples = rar.sample_images(model, tok.tokenizer_of(config, folder), labels, config, autocast)
+images = torch.cat([part for _, part in samples])
 print(f"held-out drawings in their class: {accuracy(classifier, *held_out):.1%}")
 print(f"samples of {folder} in their class: {accuracy(classifier, images, labels):.1%}")
