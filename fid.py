@@ -295,7 +295,7 @@ def measure(side, inception, batch, keep_features):
     place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     moments = {kind: Moments() for kind in KINDS}
     if keep_features:
-        side.features = torch.empty(side.count, 2048, device=place)
+        side.features = torch.empty(side.count, KINDS["pool"][2], device=place)
     split, scores, done = torch.empty(0, 1008, device=place), [], 0
     with tqdm(total=side.count, desc=side.path.name, unit=" images", leave=False) as bar:
         for pixels in side.batches(batch):
