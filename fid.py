@@ -55,12 +55,12 @@ def inception_score(logits):
     log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (1008,)
     return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
 
-def precision_recall(samples, reference, k=3, block=512):
+def precision_recall(samples, reference, k=3, block=1024):
     """The share of samples on the reference's manifold, and of the reference on the samples'
     (Kynkäänniemi 2019), of pool features (N, 2048), (M, 2048). A manifold is the union of balls,
     one around each point, that reaches to its third neighbour; the border belongs to the ball."""
     samples, reference = on_grid(samples, reference)
-    shares = []
+    shares = []  # of samples inside, then of the reference
     for points, centres in ((samples, reference), (reference, samples)):
         # k + 1, for the nearest is the point itself
         radii = torch.cat([distances.topk(k + 1, largest=False).values[:, k]
@@ -79,12 +79,13 @@ def on_grid(*sets):
     return [(vectors / step).round() for vectors in sets]
 
 def squared_distances(points, centres, block):
-    """(N, D), (M, D) on the grid -> float64 (B, M) for each block of points"""
-    squares = torch.cat([(part.double() ** 2).sum(1) for part in centres.split(block)])  # (M,)
+    """For each block of points: (N, D), (M, D), both on the grid -> float64 (block, M)"""
+    squares = [(part.double() ** 2).sum(1) for part in centres.split(block)]
     for part in points.split(block):
-        part = part.double()  # (B, D)
-        products = torch.cat([part @ other.double().T for other in centres.split(block)], 1)
-        yield (part**2).sum(1)[:, None] + squares - 2 * products
+        part = part.double()
+        distances = torch.cat([torch.addmm(square, part, other.double().T, alpha=-2)
+                               for square, other in zip(squares, centres.split(block))], 1)
+        yield distances.add_((part**2).sum(1, keepdim=True))
 
 class Moments:
     """Mean and covariance of vectors that come in batches, in float64. The sums are taken about the
@@ -98,8 +99,8 @@ class Moments:
             self.origin, self.sum, self.products = vectors.mean(0), 0, 0
         vectors = vectors - self.origin
         self.count += len(vectors)
-        self.sum = self.sum + vectors.sum(0)                   # (D,)
-        self.products = self.products + vectors.T @ vectors    # (D, D)
+        self.sum = self.sum + vectors.sum(0)                 # (D,)
+        self.products = self.products + vectors.T @ vectors  # (D, D)
 
     def result(self):
         mean = self.sum / self.count
@@ -188,10 +189,8 @@ class Inception(nn.Module):
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padded=False)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padded=False)
+        self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = Conv(32, 32, 3, padded=False), Conv(32, 64, 3)
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, padded=False)
         self.Mixed_5b, self.Mixed_5c = mixed_5(192, 32), mixed_5(256, 64)
         self.Mixed_5d = mixed_5(288, 64)
         self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3, 2)],
@@ -212,7 +211,7 @@ class Inception(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))     # (B, 288, 35, 35)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # (B, 17 * 17 * 7)
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # (B, 17 * 17 * 7), channel last
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
         pool = x.mean((2, 3))                                         # (B, 2048), of 8x8 cells
         return pool, spatial, pool @ self.fc.weight.T                 # logits without their bias
@@ -317,13 +316,14 @@ def measure(side, inception, batch, keep_features):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-METRICS = {"fid": "pool", "sfid": "spatial", "is": "", "precision": "", "recall": ""}  # its moments
+# each with the statistics that it can be had from without pictures
+METRICS = {"fid": "pool", "sfid": "spatial", "is": "", "precision": "", "recall": ""}
 
 def obstacle(metric, samples, reference=None):
     """Why a score can't be had; None if it can."""
     if metric != "is" and reference is None:
         return "there is no reference"
-    for side in (samples,) if metric == "is" else (samples, reference):
+    for side in [samples] if metric == "is" else [samples, reference]:
         if side.batches is None and METRICS[metric] not in side.moments:
             return f"{side.path} holds no pictures, only statistics ({', '.join(side.moments)})"
     return None
@@ -335,7 +335,7 @@ def score_command(args, knobs, device, autocast):
         raise UserError(f"--crop {args.crop} is for folders of pictures")
     for path in filter(None, (args.json, args.save_stats)):
         tok.check_folder(path.parent, path)
-        if path.is_dir() or path in [side.path for side in sides]:
+        if path.is_dir() or path.exists() and any(path.samefile(side.path) for side in sides):
             raise UserError(f"{path} is there already; name another file to write to")
     asked = args.metrics.split(",") if args.metrics else list(METRICS)
     if wrong := [name for name in asked if name not in METRICS]:
@@ -367,8 +367,8 @@ def score_command(args, knobs, device, autocast):
         count = "an unknown number of" if side.count is None else f"{side.count:,}"
         print(f"{title:12}{side.path}: {'' if side.batches else 'statistics of '}{count} pictures")
         if side.count and side.count < usual:
-            few = ", nor as many as features (2,048)" * (side.count < 2048 < usual)
-            print(f"{'':12}not the usual {usual:,}{few}: FID and sFID come out higher")
+            few = "" if side.count >= 2048 else ", but fewer than the features (2,048)"
+            print(f"{'':12}not the usual {usual:,} or more{few}: FID and sFID come out higher")
         if side.size != "256x256":
             print(f"{'':12}of {side.size} and not the usual 256x256")
     print(*(f"{name:12}{scores[name]:.4f}" for name in names), *missing, sep="\n")
