@@ -211,7 +211,7 @@ class Inception(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))     # (B, 288, 35, 35)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # (B, 17 * 17 * 7), channel last
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # (B, 17 * 17 * 7), not CHW
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
         pool = x.mean((2, 3))                                         # (B, 2048), of 8x8 cells
         return pool, spatial, pool @ self.fc.weight.T                 # logits without their bias
@@ -367,8 +367,8 @@ def score_command(args, knobs, device, autocast):
         count = "an unknown number of" if side.count is None else f"{side.count:,}"
         print(f"{title:12}{side.path}: {'' if side.batches else 'statistics of '}{count} pictures")
         if side.count and side.count < usual:
-            few = "" if side.count >= 2048 else ", but fewer than the features (2,048)"
-            print(f"{'':12}not the usual {usual:,} or more{few}: FID and sFID come out higher")
+            few = "fewer than the 2,048 features" if side.count < 2048 else "not the usual 50,000"
+            print(f"{'':12}{few}: FID and sFID come out higher; compare equal counts only")
         if side.size != "256x256":
             print(f"{'':12}of {side.size} and not the usual 256x256")
     print(*(f"{name:12}{scores[name]:.4f}" for name in names), *missing, sep="\n")
