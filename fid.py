@@ -383,7 +383,7 @@ def score_command(args, knobs, device, autocast):
 def main(argv=None):
     """Score samples. Returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="fid.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.memory_flag = "--batch"
+    parser.memory_flag, parser.interrupted = "--batch", "interrupted"
     parser.set_defaults(function=score_command, config=None, precision="float32")
     parser.add_argument("samples", help="folder of pictures, .npz or .npy file")
     parser.add_argument("reference", nargs="?", help="the same, or statistics")

@@ -64,7 +64,8 @@ class Config:
     # The method
     # r falls from 1 to 0 between these fractions: 0 0 is never random, 1 1 always
     anneal: tuple = knob((0.5, 0.75), "fractions of training where r leaves 1, arrives at 0", 0, 1)
-    order: str = knob("raster", "final scan order (Table 3); a wrong name lists the six")
+    order: str = knob("raster", "final scan order (Table 3), a wrong name lists the six; in "
+                      "sampling also: random")
     label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
     # The optimisation
     steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1)
@@ -102,7 +103,7 @@ PRESETS = {
         width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=500,
         batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
     # micro-batches are meant for 80 GB in bfloat16
-    "RAR-S": Config(depth=12, micro_batch=128),  # has no published sampling settings and takes those of B
+    "RAR-S": Config(depth=12, micro_batch=128),  # no sampling settings are published: those of B
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
     "RAR-XL": Config(width=1280, depth=32, mlp_width=5120, micro_batch=32,
@@ -329,23 +330,38 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     return torch.empty_like(drawn).scatter_(1, orders, drawn)       # cell order again
 
 def image_uniforms(seed, numbers, length):
-    """Uniforms (B, T), a function of (seed, image number) alone: no batch can change image i."""
+    """Uniforms (B, length), a function of (seed, image number) alone, and the first of them not of
+    the length: no batch can change image i."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
-def sample_images(model, tokenizer, labels, config, autocast, numbers=None):
-    """Yield image numbers (B,) and these images (B, 3, H, W), batch by batch, until all `numbers`,
-    by default all, are through. Image i is of class labels[i], by the sampling settings of config;
-    it depends on these, the weights, the seed and i alone."""
+def image_orders(config, numbers):
+    """Orders (B, T) of the images of these numbers: one scan for all, or "random", each its own."""
+    T = config.grid_size**2
+    if config.order == "random":
+        return image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1)
+    return scan_order(config.order, config.grid_size).expand(len(numbers), T)
+
+def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
+    """Yield image numbers (B,), the tokens (B, T) of these images and their orders (B, T), batch by
+    batch, until all `numbers`, by default all, are through. Image i is of class labels[i], by the
+    sampling settings of config; it depends on these, the weights, the seed and i alone. known (T,)
+    holds the tokens that all are given, or -1: the given cells then come first in their orders."""
     numbers = torch.arange(len(labels)) if numbers is None else torch.tensor(numbers).long()
-    order, device = scan_order(config.order, config.grid_size), model.cls_token.device
+    device = model.cls_token.device
     with tqdm(total=len(numbers), desc="sampling", unit=" pictures", leave=False) as bar:
         for part in numbers.split(config.micro_batch) if len(numbers) else ():
-            uniforms = image_uniforms(config.seed, part.tolist(), len(order)).to(device)
+            orders = image_orders(config, part.tolist())                    # (B, T)
+            uniforms = image_uniforms(config.seed, part.tolist(), orders.shape[1])
+            given = None
+            if known is not None:
+                orders = orders.gather(1, (known[orders] < 0).int().argsort(dim=1, stable=True))
+                given = known.expand_as(orders).to(device)
             with autocast:
-                tokens = generate(model, labels[part].to(device), config.scale, config.power,
-                                  config.temperature, uniforms=uniforms, orders=order.to(device))
-            yield part, tokenizer.decode(tokens).cpu()
+                tokens = generate(
+                    model, labels[part].to(device), config.scale, config.power, config.temperature,
+                    uniforms=uniforms.to(device), orders=orders.to(device), known=given)
+            yield part, tokens, orders
             bar.update(len(part))
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -452,7 +468,9 @@ def train(config, run, device, autocast):
     with tok.rank_zero_first():
         data = tok.open_data(config, run.folder, device, fit=first == 0 and tok.RANK == 0)
     tok.check_same_on_all(config, data.train)
-    network = DistributedDataParallel(model) if tok.WORLD_SIZE > 1 else model
+    network = model
+    if tok.WORLD_SIZE > 1:
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
     with ThreadPoolExecutor(1) as ahead:  # draws the next batch during an update
         def draw(step):
@@ -466,8 +484,9 @@ def train(config, run, device, autocast):
             if run.is_milestone(step) and tok.RANK == 0:
                 result = evaluate(model.eval(), data.held_out, config, autocast)
                 run.report_held_out(step, result)
-                images = sample_images(model, data.tokenizer, labels, config, autocast)
-                images = torch.cat([data.examples, *(part for _, part in images)])
+                images = [data.tokenizer.decode(tokens).cpu()
+                          for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
+                images = torch.cat([data.examples, *images])
                 tok.save_grid(run.preview(step), images, config.class_names)
             if run.is_milestone(step) or run.stopped:
                 run.save(step, model, optimizer)
@@ -483,17 +502,19 @@ def train_command(args, knobs, device, autocast):
     print(f"{config.data}: {why}: {model}, {config.image_size} pixels, tokenizer "
           f"{config.tokenizer}, crops {config.crops}")
     scan_order(config.order, config.grid_size)  # refuses a wrong name before anything is written
-    folder = args.run or f"runs/{tok.title(config.data)}-{model}"
+    folder = args.out or f"runs/{tok.title(config.data)}-{model}"
     train(config, tok.Run(folder, config), device, autocast)
 
 def load_model(path, knobs, device):
-    """The model of a weights file or run (None: the newest run), its config, and its folder. To
-    weights without a config.json belong the settings of the preset of their size."""
+    """The model of a weights file, checkpoint or run (None: the newest run), its config, and its
+    folder. To weights without a config.json belong the settings of the preset of their size."""
     path = tok.find_weights(path)
-    state, sizes = tok.read_weights(path)
+    state, sizes, updates = tok.read_weights(path)
     alike = [preset for preset in PRESETS.values()
              if (preset.width, preset.depth) == (sizes["width"], sizes["depth"])]
     config = tok.read_config(path.parent, [*alike, Config()][0])
+    if updates is not None and updates <= config.anneal[0] * config.steps:
+        knobs = {"anneal": (1.0, 1.0)} | knobs  # up to here r was 1
     config = dataclasses.replace(config, **sizes, **knobs)
     model = RAR(config)
     tok.load_strictly(model, state, path)
@@ -508,14 +529,39 @@ def sample_command(args, knobs, device, autocast):
     settings = {name: getattr(config, name) for name in SAMPLING} | {
         "classes": classes, "precision": args.precision,
         "weights": tok.digest_of(model), "tokenizer": tok.digest_of(tokenizer)}
-    samples = tok.Samples(args.out, folder, count, tokenizer.image_size, settings)
-    for numbers, images in sample_images(model, tokenizer, labels, config, autocast,
-                                         samples.missing):
-        samples.put(numbers, images)
+    known, before = None, []
+    if args.complete:
+        known, before = tok.known_tokens(args.complete, args.keep, tokenizer)   # (T,), (2, 3, H, W)
+        settings["known"] = known.tolist()
+    check_order(config, tok.read_config(folder, config).order, known)
+    samples = tok.Samples(args.out, folder, count, tokenizer.image_size, settings, args.gif)
+    arrivals = []
+    for numbers, tokens, orders in sample_tokens(model, labels, config, autocast, samples.missing,
+                                                 known):
+        samples.put(numbers, tokenizer.decode(tokens))
+        arrivals.append((tokens.cpu(), orders))
     names = config.class_names or range(config.num_classes)
-    samples.finish([names[c] for c in classes])
+    names = [names[c] for c in (labels if args.complete else classes)]
+    samples.finish(names, before)
+    if args.gif:
+        tok.save_gif(samples.path.with_suffix(".gif"), tokenizer,
+                     *(torch.cat(parts) for parts in zip(*arrivals)), names)
     source = args.model or args.weights or folder
     print(f"{samples.path}: {count:,} pictures by {source}, seed {config.seed}")
+
+def check_order(config, trained, known):
+    """Weights that ended in the order `trained` know others less well, as config.anneal tells. Say
+    so, or refuse to complete a picture whose known tokens (T,) don't come first in that order."""
+    if config.anneal[0] == 1:
+        return
+    advice = (f"these weights ended in {trained} order; weights for any order are the checkpoint "
+              "where annealing begins, and those of a run with --anneal 1 1")
+    if known is not None:
+        given = known[image_orders(config, [0])[0]] >= 0  # (T,), in the order
+        if config.order != trained or (given[1:] & ~given[:-1]).any():
+            raise UserError(f"--keep: the cells that are kept don't come first: {advice}")
+    elif config.order != trained:
+        print(f"--order {config.order}: {advice}")
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
@@ -529,7 +575,7 @@ def main(argv=None):
     train = parser.command("train", train_command, "train a model on pictures", Config,
                            precision="bfloat16")
     train.add_argument("--model", choices=PRESETS, help="preset of all flags [by the data]")
-    train.add_argument("--run", help="folder to train in, or to go on in [runs/DATA-MODEL]")
+    train.add_argument("--out", help="folder to train in, or to go on in [runs/DATA-MODEL]")
     sample = parser.command("sample", sample_command, "draw pictures", Config,
                             (*SAMPLING, "micro_batch"))
     sample.set_defaults(seed=1, micro_batch=64)  # seed 0 would draw the previews again
@@ -537,6 +583,10 @@ def main(argv=None):
     sample.add_argument("--count", type=tok.whole_number(1), help="pictures [5 of each class]")
     sample.add_argument("--out", help="a .png for a grid, an .npz, or a folder with a / at its end "
                         "for a PNG each [a new grid in the folder of the run]")
+    sample.add_argument("--gif", action="store_true", help="animate how the tokens arrive, too")
+    sample.add_argument("--complete", metavar="PICTURE", help="draw what --keep does not keep")
+    sample.add_argument("--keep", type=tok.rectangle, metavar="X0,Y0,X1,Y1",
+                        help="pixels of the square that is cut from the picture's middle")
     evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
                                 Config, ("data", "order", "micro_batch"))
     for command in (sample, evaluation):

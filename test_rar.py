@@ -480,7 +480,7 @@ def test_train_sample_eval(workplace, capsys):
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
-    assert rar.main([*TRAIN, "--run", "whole"]) == 0
+    assert rar.main([*TRAIN, "--out", "whole"]) == 0
     step_of = rar.train_step
 
     def interrupted(model, optimizer, config, rows, step, autocast):
@@ -490,10 +490,10 @@ def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
 
     with monkeypatch.context() as patch:
         patch.setattr(rar, "train_step", interrupted)
-        assert rar.main([*TRAIN, "--run", "parts"]) == 130
+        assert rar.main([*TRAIN, "--out", "parts"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert log_of(Path("parts"))[-1]["step"] == stop_after
-    assert rar.main([*TRAIN, "--run", "parts"]) == 0
+    assert rar.main([*TRAIN, "--out", "parts"]) == 0
     whole, parts = (tok.read_tensors(f"{run}/weights.pt") for run in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert log_of(Path("whole")) == log_of(Path("parts"))
@@ -503,7 +503,8 @@ def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
 def test_checkpoints(workplace, capsys):
     """The last two are kept, every Nth, and the one where annealing begins; each can be sampled; an
     unreadable one falls back to the one before."""
-    train = [*TRAIN, "--save-every", "1", "--steps", "12", "--anneal", "0.2", "0.75", "--keep-every"]
+    train = [*TRAIN, "--save-every", "1", "--steps", "12", "--anneal", "0.2", "0.75",
+             "--keep-every"]
     assert rar.main([*train, "5"]) == 0
     run = Path("runs/shapes-tiny")
     assert sorted(int(p.stem[11:]) for p in run.glob("check*")) == [3, 5, 10, 11, 12]
@@ -555,7 +556,7 @@ def test_recompute_gives_the_same_gradients():
 
 def test_resume_after_a_kill(workplace, monkeypatch):
     """Killed without warning after a checkpoint: what was logged since is made and logged again."""
-    assert rar.main([*TRAIN, "--run", "whole"]) == 0
+    assert rar.main([*TRAIN, "--out", "whole"]) == 0
 
     step_of = rar.train_step
 
@@ -567,11 +568,11 @@ def test_resume_after_a_kill(workplace, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(rar, "train_step", killed)
         with pytest.raises(SystemError):
-            rar.main([*TRAIN, "--run", "parts"])
+            rar.main([*TRAIN, "--out", "parts"])
     assert log_of(Path("parts"))[-1]["step"] == 5
     with open("parts/log.jsonl", "a") as log:
         log.write('5\n{"step": "x"}\n[]\n{"step": 5, "lo')
-    assert rar.main([*TRAIN, "--run", "parts"]) == 0
+    assert rar.main([*TRAIN, "--out", "parts"]) == 0
     assert log_of(Path("whole")) == log_of(Path("parts"))
 
 
@@ -603,7 +604,7 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     (["train", "--heads", "3"], "--heads 3"),
     (["train", "--anneal", "0.9", "0.1"], "--anneal"),
     (["train", "--widht", "64"], "--widht"),
-    (["train", "--run", "file/run"], "file/run"),
+    (["train", "--out", "file/run"], "file/run"),
     (["train", "--grid-size", "5"], "--grid-size 5"),
     (["train", "--codebook-size", "60000"], "--codebook-size 60000"),
     (["sample"], "python rar.py train"),
@@ -621,7 +622,7 @@ def test_mistakes(workplace, capsys, arguments, named):
 
 
 def test_mistakes_with_a_run(workplace, capsys):
-    assert rar.main([*TRAIN, "--run", "runs/a"]) == 0
+    assert rar.main([*TRAIN, "--out", "runs/a"]) == 0
     run = Path("runs/a")
     before = sorted(os.listdir(run))
     for arguments, named in [
@@ -643,7 +644,7 @@ def test_mistakes_with_a_run(workplace, capsys):
             (["sample", "--weights", "runs/a/tokenizer.pt"], "tokenizer.pt"),
             (["sample", "--coun", "3"], "--coun"),
             (["eval", "--data", "nowhere"], "--data nowhere"),
-            ([*TRAIN, "--run", "runs/a", "--lr", "0.001"], "--lr")]:
+            ([*TRAIN, "--out", "runs/a", "--lr", "0.001"], "--lr")]:
         assert named in refused(arguments, capsys)
     assert sorted(os.listdir(run)) == before
 
@@ -653,13 +654,13 @@ def test_mistakes_with_a_run(workplace, capsys):
     for damaged in (weights[:1000], weights[:-100], flipped, b""):
         (run / "weights.pt").write_bytes(damaged)
         assert "weights.pt" in refused(["sample"], capsys)
-    assert rar.main([*TRAIN, "--run", "runs/a"]) == 0  # which makes weights.pt anew
+    assert rar.main([*TRAIN, "--out", "runs/a"]) == 0  # which makes weights.pt anew
     assert (run / "weights.pt").read_bytes() == weights
     for number in (3, 4):
         (run / f"checkpoint-000000{number}.pt").unlink()
     newest = run / "checkpoint-0000006.pt"
     newest.rename("away")
-    assert "no checkpoint" in refused([*TRAIN, "--run", "runs/a"], capsys)
+    assert "no checkpoint" in refused([*TRAIN, "--out", "runs/a"], capsys)
     Path("away").rename(newest)
     tokenizer = (run / "tokenizer.pt").read_bytes()
     tok.write_tensors(run / "tokenizer.pt", tok.PatchTokenizer(4, 8, 16).state_dict())
@@ -674,7 +675,7 @@ def test_mistakes_with_a_run(workplace, capsys):
     tok.write_tensors(newest, state)
     Path("runs/a/config.json").write_text(
         Path("runs/a/config.json").read_text().replace('"steps": 6', '"steps": 7'))
-    arguments = [*TRAIN, "--run", "runs/a", "--steps", "7"]
+    arguments = [*TRAIN, "--out", "runs/a", "--steps", "7"]
     assert "lm_head.weight is (7, 7)" in refused(arguments, capsys)
     (run / "config.json").write_text("{")
     assert "config.json" in refused(arguments, capsys)
@@ -831,13 +832,13 @@ def test_train_on_photographs(photographs, capsys):
 
     # another picture, another token file; a damaged one is named
     paint(photographs / "cats" / "new.png", seed=99)
-    assert rar.main([*SMALL, "--run", "again"]) == 0
+    assert rar.main([*SMALL, "--out", "again"]) == 0
     assert len(list(Path("runs/tokens").iterdir())) > 4
     newest = max(Path("runs/tokens").glob("*train*.npy"), key=lambda path: path.stat().st_mtime)
     damaged = bytearray(newest.read_bytes())
     damaged[-1] ^= 1
     newest.write_bytes(damaged)
-    assert newest.name in refused([*SMALL, "--run", "third"], capsys)
+    assert newest.name in refused([*SMALL, "--out", "third"], capsys)
 
 
 def test_eval_of_weights_from_elsewhere(photographs, capsys):
@@ -855,14 +856,14 @@ def test_eval_of_weights_from_elsewhere(photographs, capsys):
 
 
 def test_fine_tuning(photographs, capsys):
-    assert rar.main([*SMALL, "--run", "first"]) == 0
+    assert rar.main([*SMALL, "--out", "first"]) == 0
     for i in range(20):
         paint(photographs / "birds" / f"{i}.png", seed=100 + i)
-    assert rar.main([*SMALL, "--run", "second", "--init", "first"]) == 0
+    assert rar.main([*SMALL, "--out", "second", "--init", "first"]) == 0
     assert "knows 2 classes, not 3" in capsys.readouterr().out
-    assert "nowhere" in refused([*SMALL, "--run", "third", "--init", "nowhere"], capsys)
+    assert "nowhere" in refused([*SMALL, "--out", "third", "--init", "nowhere"], capsys)
     assert "does not fit" in refused(
-        [*SMALL, "--run", "third", "--init", "first", "--width", "64"], capsys)
+        [*SMALL, "--out", "third", "--init", "first", "--width", "64"], capsys)
     assert not Path("third").exists()
 
 
@@ -883,7 +884,7 @@ def test_val_folder_and_layout_mistakes(workplace, capsys):
 
 
 def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
-    rar.main([*SMALL, "--run", "run", "--steps", "1"])
+    rar.main([*SMALL, "--out", "run", "--steps", "1"])
     arguments = ["encode", "photos", "--tokenizer", "run", "--crops", "ten", "--out"]
     assert tok.main([*arguments, "whole.npy"]) == 0
     monkeypatch.setattr(tok, "BLOCK_SECONDS", -1)  # a block for every picture
@@ -909,13 +910,13 @@ def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
 def test_unreadable_pictures_are_skipped_but_not_many(photographs, capsys):
     for i in range(10):
         (photographs / "cats" / f"x{i}.png").write_text("broken")
-    rar.main([*SMALL, "--run", "run"])
+    rar.main([*SMALL, "--out", "run"])
     printed = capsys.readouterr()
     assert "pictures were skipped" in printed.out and "x3.png" in printed.out + printed.err
     for i in range(10, 14):
         (photographs / "cats" / f"x{i}.png").write_text("broken")
     assert "can't be read" in refused(
-        [*SMALL, "--run", "run2"], capsys, last_line=True)
+        [*SMALL, "--out", "run2"], capsys, last_line=True)
 
 
 def test_the_authors_token_file(workplace, capsys):
@@ -941,7 +942,7 @@ def test_the_authors_token_file(workplace, capsys):
 
 
 def test_reconstruct(photographs, capsys):
-    assert rar.main([*SMALL, "--run", "run", "--steps", "1"]) == 0
+    assert rar.main([*SMALL, "--out", "run", "--steps", "1"]) == 0
     pictures = ["photos/cats/00.png", "photos/dogs/01.png"]
     assert tok.main(["reconstruct", *pictures, "--tokenizer", "run", "--out", "recon.png"]) == 0
     with Image.open("recon.png") as picture:
@@ -1128,33 +1129,60 @@ def test_no_room_for_the_samples(trained, capsys, monkeypatch):
     assert "GB" in refused([*NPZ, "--out", "x.npz"], capsys)
 
 
-def torchrun(*arguments):
-    """Run a command in two processes that talk by gloo."""
+def torchrun(*arguments, patch=""):
+    """Run a command of rar.py in two processes that talk by gloo, after a patch of Python."""
+    Path("patched.py").write_text(f"""
+import os, signal, sys, rar, tokenizer as tok
+tok.SHAPES_TRAIN, tok.SHAPES_HELD_OUT = 100, 20
+{patch}
+sys.exit(rar.main())
+""")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    places = {"PYTHONPATH": str(Path(rar.__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, "patched.py", *arguments], capture_output=True, text=True,
+                          timeout=120, env=os.environ | places)
 
 
 def test_sampling_with_two_processes(trained):
     assert rar.main([*NPZ, "--micro-batch", "4", "--out", "one.npz"]) == 0
-    result = torchrun(rar.__file__, *NPZ, "--micro-batch", "4", "--out", "two.npz")
+    result = torchrun(*NPZ, "--micro-batch", "4", "--out", "two.npz")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("23 pictures") == 2  # rank 0 alone talks: to make, made
     one, two = (np.load(name)["arr_0"] for name in ("one.npz", "two.npz"))
     assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.01
 
-    Path("dies.py").write_text("""
-import sys, rar, tokenizer
-def put(self, numbers, images):
-    if tokenizer.RANK == 1:
-        raise tokenizer.UserError("rank 1 is out of luck")
-tokenizer.Samples.put = put
-sys.exit(rar.main())
+
+def test_a_process_that_fails_ends_all(workplace):
+    """One of two processes is given another learning rate."""
+    result = torchrun(*TRAIN, patch="sys.argv += ['--lr', '0.1'] * tok.RANK")
+    assert result.returncode != 0
+    assert "rank 1: error: this process has other flags than rank 0" in result.stderr
+    assert not Path("runs/shapes-tiny/log.jsonl").exists()
+
+
+def test_training_with_two_processes_and_then_one(workplace):
+    """Ten updates of batch 16, or of 8 in each of two processes, the second of which is stopped
+    after five: the same losses and weights, orders, dropped labels and dropout included."""
+    train = [*TRAIN, "--steps", "10", "--micro-batch", "8", "--out"]
+    assert rar.main([*train, "one"]) == 0
+    result = torchrun(*train, "two", patch="""
+step_of = rar.train_step
+def train_step(network, optimizer, config, batch, step, autocast):
+    assert len(batch[0]) == 8
+    if step == 4 and tok.RANK == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step_of(network, optimizer, config, batch, step, autocast)
+rar.train_step = train_step
 """)
-    os.environ["PYTHONPATH"] = str(Path(rar.__file__).parent)
-    result = torchrun("dies.py", *NPZ, "--out", "three.npz")
-    assert result.returncode != 0 and not Path("three.npz").exists()
-    assert "rank 1: error: rank 1 is out of luck" in result.stderr
+    assert "two is saved, the same command goes on" in result.stderr
+    assert log_of(Path("two"))[-1]["step"] == 5
+    assert rar.main([*train, "two"]) == 0
+    for one, two in zip(log_of(Path("one")), log_of(Path("two")), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    one, two = (tok.read_tensors(f"{run}/weights.pt") for run in ("one", "two"))
+    for name in one:
+        if "k_norm.bias" not in name:  # has no gradient but noise
+            assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
 
 
 def test_draws_follow_the_softmax(model):
@@ -1171,6 +1199,71 @@ def test_draws_follow_the_softmax(model):
         expected = expected.double() / expected.double().sum() * 20_000
         counts = torch.bincount(drawn, minlength=32)
         assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+# ---- Any order -----------------------------------------------------------------------------------
+
+
+def test_random_orders_of_images():
+    config = dataclasses.replace(TINY, order="random", seed=3)
+    orders = rar.image_orders(config, range(50))
+    assert (orders.sort(dim=1).values == torch.arange(16)).all() and len(orders.unique(dim=0)) == 50
+    assert torch.equal(rar.image_orders(config, [7])[0], orders[7])
+    fixed = rar.image_orders(dataclasses.replace(config, order="spiral_in"), [0, 1])
+    assert torch.equal(fixed, scan_order("spiral_in", 4).expand(2, 16))
+
+
+def test_gif(trained):
+    assert rar.main([*NPZ, "--order", "random", "--gif", "--out", "x.png"]) == 0
+    with Image.open("x.gif") as animation, Image.open("x.png") as grid:
+        assert animation.n_frames == 65 and animation.size == grid.size
+        arrived = []
+        for frame in (0, 10, 64):
+            animation.seek(frame)
+            pixels = np.asarray(animation.convert("RGB")).astype(int)
+            arrived.append((abs(pixels - 127).max(axis=2) > 3).mean())
+        assert arrived[0] < arrived[1] < arrived[2]
+        assert abs(pixels - np.asarray(grid)).mean() < 6  # but for the palette of a GIF
+
+
+def test_complete(trained, capsys):
+    """Given tokens stay, pixels that are hidden don't leak into them, and only weights for any
+    order complete any region."""
+    tokenizer = tok.load("runs/shapes-tiny/tokenizer.pt")
+    picture = np.array(tok.draw_shape(4))
+    Image.fromarray(picture).save("a.png")
+    picture[16:] = 255 - picture[16:]
+    Image.fromarray(picture).save("b.png")
+    known, images = tok.known_tokens("a.png", (3, 0, 32, 17), tokenizer)
+    assert torch.equal(known, tok.known_tokens("b.png", (3, 0, 32, 17), tokenizer)[0])
+    kept = known.view(8, 8) >= 0
+    assert kept[:4, 1:].all() and kept.sum() == 28  # whole cells alone
+    assert torch.equal(images[1][:, :16, 4:], images[0][:, :16, 4:])
+    assert (images[1][:, 16:] == 0.5).all()
+
+    any_order = ["--weights", "runs/shapes-tiny/checkpoint-0000003.pt"]
+    complete = ["sample", "--complete", "a.png", "--classes", "cross", "--count", "3"]
+    assert rar.main([*complete, "--keep", "3,16,32,32", *any_order, "--out", "x.png", "--gif"]) == 0
+    with Image.open("x.png") as grid:
+        assert grid.size == (5 * 68 + 4, 68 + 4 + 22)  # the picture, what is kept, and three
+    model, config, _ = rar.load_model(any_order[1], {}, torch.device("cpu"))
+    assert config.anneal == (1, 1)
+    autocast = tok.choose_precision(torch.device("cpu"), "float32")
+    for _, tokens, orders in rar.sample_tokens(model, torch.tensor([4, 4]), config, autocast,
+                                               known=known):
+        assert (tokens[:, known >= 0] == known[known >= 0]).all()
+        assert (known[orders[:, :28]] >= 0).all() and orders[0, :2].tolist() == [1, 2]
+
+    assert rar.main([*complete, "--keep", "0,0,32,16"]) == 0  # rows from the top: raster will do
+    assert "come first" in refused([*complete, "--keep", "0,16,32,32"], capsys)
+    assert "come first" in refused([*complete, "--keep", "0,0,32,16", "--order", "random"], capsys)
+    for arguments, named in [(["--keep", "1,2,3"], "--keep"), ([], "--keep"),
+                             (["--keep", "0,0,3,3"], "0 of 64 cells"),
+                             (["--keep", "0,0,32,32"], "64 of 64 cells")]:
+        assert named in refused([*complete, *arguments], capsys)
+    complete[2] = "nothing.png"
+    assert "nothing.png" in refused([*complete, "--keep", "0,0,32,16"], capsys)
+    assert "--gif" in refused([*NPZ, "--gif", "--out", "x.npz"], capsys)
 
 
 # ---- fid.py --------------------------------------------------------------------------------------

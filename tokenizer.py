@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
     (args, the knobs that were given, device, autocast)."""
 
     commands = None
-    memory_flag = "--micro-batch"
+    memory_flag, interrupted = "--micro-batch", "interrupted; the same command goes on"
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
         except UserError as error:
             return failed(f"error: {error}", 2)
         except KeyboardInterrupt as error:
-            return failed(str(error) or "interrupted; the same command goes on", 130)
+            return failed(str(error) or self.interrupted, 130)
         except BrokenPipeError:  # whoever read our output has gone, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -150,6 +150,13 @@ def whole_number(low):
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
         return int(text)
     return number
+
+def rectangle(text):
+    """A type for argparse: x0,y0,x1,y1."""
+    numbers = tuple(int(number) for number in text.split(","))
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"must be four numbers x0,y0,x1,y1, not {text}")
+    return numbers
 
 def choose_device(name):
     """The torch.device of this name, or the best that there is."""
@@ -391,26 +398,28 @@ def find_weights(path):
     return path
 
 def read_weights(path):
-    """A RAR's state dict, of a weights file or of a run's checkpoint, and the sizes in its Config
-    as they follow from the shapes."""
-    state = read_tensors(path)
-    state = state["model"] if state.keys() == CHECKPOINT else state
+    """The state dict of a RAR; the sizes in its Config, as they follow from the shapes; and how
+    many updates it has had, which a run's checkpoint tells and a weights file does not (None)."""
+    state, updates = read_tensors(path), None
+    if state.keys() == CHECKPOINT:
+        state, updates = state["model"], state["updates"]
     try:
         ids, width = state["embeddings.weight"].shape
         codebook_size = len(state["lm_head.bias"])
-        return state, {
+        sizes = {
             "width": width, "codebook_size": codebook_size, "num_classes": ids - codebook_size - 2,
             "depth": sum(name.endswith(".attn.qkv.bias") for name in state),
             "heads": width // len(state["blocks.0.attn.q_norm.bias"]),
             "mlp_width": len(state["blocks.0.mlp.fc1.bias"]),
             "grid_size": math.isqrt(state["pos_embed"].shape[1] - 1024)}
+        return state, sizes, updates
     except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} holds no weights of a RAR") from error
 
 def init_weights(model, path):
     """Copy weights of the same shapes into the model. Where the classes are others, their rows of
     the embedding table stay as they are."""
-    state, _ = read_weights(find_weights(path))
+    state, _, _ = read_weights(find_weights(path))
     own, first = model.state_dict()["embeddings.weight"], model.config.codebook_size + 1
     given = state["embeddings.weight"]
     if given.shape != own.shape and given.shape[1:] == own.shape[1:] and len(given) > first:
@@ -463,7 +472,7 @@ class Run:
         self.folder, self.config = Path(folder), config
         # asked: a signal came to this process; stopped: one came to any, and all know it
         self.asked = self.stopped = False
-        check_folder(self.folder, f"--run {folder}")
+        check_folder(self.folder, f"--out {folder}")
         if config.batch % WORLD_SIZE:
             raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
 
@@ -479,7 +488,7 @@ class Run:
         weights, there = self.folder / "weights.pt", self.checkpoints()
         if weights.exists() and not there:
             raise UserError(f"{self.folder} holds weights.pt but no checkpoint to go on from: "
-                            "name another folder with --run")
+                            "name another folder with --out")
         if not there:
             return 0
         saved = read_config(self.folder, self.config)
@@ -487,7 +496,7 @@ class Run:
             old, new = getattr(saved, field.name), getattr(self.config, field.name)
             if old != new and field.name not in self.free:
                 raise UserError(f"{self.folder} holds a run with {flag(field)} {old}, not {new}: "
-                                "name another folder with --run")
+                                "name another folder with --out")
         for path in there.values():
             try:
                 state = read_tensors(path)
@@ -704,7 +713,7 @@ def ten_crop(image, size):
 CROPS = {
     "ten": ten_crop,
     "flip": lambda image, size: np.stack([(p := center_crop(image, size)), p[:, ::-1]]),
-    "center": lambda image, size: center_crop(image, size)[None],
+    "center": lambda image, size: center_crop(image, size)[None].copy(),
 }
 
 CROP_COUNTS = {"ten": 10, "flip": 2, "center": 1}
@@ -766,7 +775,7 @@ def read_picture(file, crops, size):
                 if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale them
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 if crops is None:
-                    return np.asarray(image.convert("RGB"))[None]
+                    return np.array(image.convert("RGB"))[None]
                 return np.ascontiguousarray(CROPS[crops](image, size))
     except Exception as error:  # Pillow's decoders raise all kinds
         return f"{type(error).__name__}: {error}".split("\n")[0]
@@ -1397,6 +1406,52 @@ def grid_of(pixels, names):
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), corner)
     return sheet
 
+def save_gif(path, tokenizer, tokens, orders, names):
+    """An animation of tokens (B, T) that arrive in their orders (B, T), in at most 64 steps."""
+    grey = torch.full((1, 3, tokenizer.image_size, tokenizer.image_size), 0.5)
+    device = next(iter(tokenizer.state_dict().values())).device
+    nothing = tokenizer.encode(grey.to(device)).cpu()                   # (1, T)
+    ranks, T, frames = orders.argsort(dim=1), tokens.shape[1], []       # (B, T)
+    for t in tqdm(np.linspace(0, T, min(T, 64) + 1).astype(int), "animating", leave=False):
+        there = ranks < t
+        images = tokenizer.decode(torch.where(there, tokens, nothing).to(device)).cpu()
+        frames.append(grid_of(to_uint8(torch.where(cells_to_pixels(there, images), images, grey)),
+                              names))
+    with replacing(path) as beside:
+        frames[0].save(beside, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[80] * (len(frames) - 1) + [3000])
+
+def cells_to_pixels(cells, images):
+    """What is so of cells (B, T), for their pixels (B, 1, H, W)."""
+    grid = math.isqrt(cells.shape[1])
+    scale = images.shape[-1] // grid
+    return cells.view(-1, 1, grid, grid).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+def known_tokens(path, keep, tokenizer):
+    """The tokens (T,) of the cells of a picture that lie whole within the pixels `keep`, -1 for the
+    others; and two images (2, 3, H, W): the picture, and what is seen of it."""
+    if keep is None:
+        raise UserError("--complete needs --keep x0,y0,x1,y1: the pixels that stay")
+    size, grid = tokenizer.image_size, tokenizer.grid_size
+    pixels = read_picture(path, "center", size)
+    if isinstance(pixels, str):
+        raise UserError(f"--complete {path}: {pixels}")
+    image, (x0, y0, x1, y1) = to_float(pixels), keep                    # (1, 3, H, W)
+    low = torch.arange(grid) * (size // grid)
+    high = low + size // grid
+    cells = ((low >= y0) & (high <= y1))[:, None] & ((low >= x0) & (high <= x1))
+    cells = cells.view(1, -1)                                           # (1, T)
+    if cells.all() or not cells.any():
+        raise UserError(f"--keep {x0},{y0},{x1},{y1} keeps {cells.sum()} of {cells.numel()} cells "
+                        f"of {size // grid} pixels: keep some and leave some, of {size} x {size} "
+                        "pixels")
+    # The rest is greyed before encoding: an encoder looks beyond a cell, and nothing of what is
+    # hidden may reach the tokens that are kept.
+    seen = torch.where(cells_to_pixels(cells, image), image, 0.5)
+    device = next(iter(tokenizer.state_dict().values())).device
+    tokens = tokenizer.encode(seen.to(device)).cpu()
+    return torch.where(cells, tokens, -1)[0], torch.cat([image, seen])
+
 def cell_size(size):
     return max(1, 80 // size) * size  # small pictures are enlarged, without smoothing
 
@@ -1420,7 +1475,7 @@ class Samples:
     it was made with, in the PNG's text or the .npz's zip comment; none is mixed with others.
     """
 
-    def __init__(self, out, folder, count, size, settings):
+    def __init__(self, out, folder, count, size, settings, anew=False):
         new = (Path(folder, f"samples-{n}.png") for n in itertools.count(1))
         path = self.path = Path(out) if out else next(p for p in new if not p.exists())
         is_folder = path.is_dir() or str(out).endswith(("/", os.sep))
@@ -1443,7 +1498,9 @@ class Samples:
                     return
             raise UserError(f"--out {path} exists and was made with other settings: remove it, or "
                             "name another file")
-        missing = [n for n in range(count) if not self.has(n)]
+        if anew and (self.kind != ".png" or WORLD_SIZE > 1):
+            raise UserError("--gif goes with a .png grid, and with one process")
+        missing = [n for n in range(count) if anew or not self.has(n)]
         wait_for_all()  # nobody writes before all have looked
         self.missing = missing[RANK::WORLD_SIZE]
         if self.kind != ".png":
@@ -1481,16 +1538,20 @@ class Samples:
             raise UserError(f"{self.file(number)} is damaged: remove it, and the same command "
                             "makes it again") from error
 
-    def finish(self, names):
-        """Put the file together, with names under the columns of a grid."""
+    def finish(self, names, before=()):
+        """Put the file together. A grid has a column for each name; or, behind pictures (N, 3, H,
+        W) that come `before`, one for each picture."""
         wait_for_all()
         if RANK > 0 or self.kind == "folder":
             return
         if not self.finished:
             with replacing(self.path) as beside:
                 if self.kind == ".png":
-                    grid = grid_of(np.stack([self.pixels(n) for n in range(self.count)]), names)
-                    grid.save(beside, "PNG")
+                    pixels = np.stack([self.pixels(n) for n in range(self.count)])
+                    if len(before):
+                        pixels = np.concatenate([to_uint8(before), pixels])
+                        names = ["picture", "kept", *names]
+                    grid_of(pixels, names).save(beside, "PNG")
                 else:
                     numbers = tqdm(range(self.count), "putting together", leave=False)
                     pixels = (self.pixels(n) for n in numbers)

@@ -46,17 +46,27 @@ def accuracy(classifier, images, labels):
     return (classifier(images).argmax(-1) == labels).float().mean().item()
 
 
-torch.set_num_threads(1)  # so that the classifier is the same on every machine
-device = tok.choose_device("cpu")
-autocast = tok.choose_precision(device, "float32")
-try:
-    model, config, folder = rar.load_model(sys.argv[1] if len(sys.argv) > 1 else None, {}, device)
-except tok.UserError as error:
-    sys.exit(f"error: {error}")
-classifier = train_classifier(*drawings(0, tok.SHAPES_TRAIN))
-held_out = drawings(tok.SHAPES_TRAIN, tok.SHAPES_TRAIN + tok.SHAPES_HELD_OUT)
-labels = torch.arange(500) % config.num_classes
-samples = rar.sample_images(model, tok.tokenizer_of(config, folder), labels, config, autocast)
-images = torch.cat([part for _, part in samples])
-print(f"held-out drawings in their class: {accuracy(classifier, *held_out):.1%}")
-print(f"samples of {folder} in their class: {accuracy(classifier, images, labels):.1%}")
+def load(path, **knobs):
+    """The model, config and tokenizer of a run or checkpoint, for the CPU."""
+    try:
+        model, config, folder = rar.load_model(path, knobs, torch.device("cpu"))
+        return model, config, tok.tokenizer_of(config, folder)
+    except tok.UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def sample(model, config, tokenizer, labels, known=None):
+    """Images (N, 3, H, W) of the classes `labels` (N,)."""
+    autocast = tok.choose_precision(torch.device("cpu"), "float32")
+    parts = rar.sample_tokens(model, labels, config, autocast, known=known)
+    return tokenizer.decode(torch.cat([tokens for _, tokens, _ in parts]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # so that the classifier is the same on every machine
+    run = load(sys.argv[1] if len(sys.argv) > 1 else None)
+    classifier = train_classifier(*drawings(0, tok.SHAPES_TRAIN))
+    held_out = drawings(tok.SHAPES_TRAIN, tok.SHAPES_TRAIN + tok.SHAPES_HELD_OUT)
+    print(f"held-out drawings in their class: {accuracy(classifier, *held_out):.1%}")
+    labels = torch.arange(500) % len(tok.SHAPES)
+    print(f"samples in their class: {accuracy(classifier, sample(*run, labels), labels):.1%}")
