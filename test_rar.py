@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fid
 import rar
 import tokenizer as tok
 from rar import PRESETS, RAR, Config, generate, sample_orders, scan_order
@@ -573,10 +576,10 @@ def test_resume_after_a_kill(workplace, monkeypatch):
     assert log_of(Path("whole")) == log_of(Path("parts"))
 
 
-def refused(arguments, capsys, last_line=False):
+def refused(arguments, capsys, last_line=False, main=rar.main):
     """Run a command that must fail: exit code 2, one line on stderr (or as its end). Returns it."""
     capsys.readouterr()
-    assert rar.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.endswith("\n"), error
     error = error.splitlines(keepends=True)[-1] if last_line else error
@@ -1261,3 +1264,428 @@ def test_complete(trained, capsys):
     complete[2] = "nothing.png"
     assert "nothing.png" in refused([*complete, "--keep", "0,0,32,16"], capsys)
     assert "--gif" in refused([*NPZ, "--gif", "--out", "x.npz"], capsys)
+
+
+# ---- fid.py --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file of weights for Inception that depend on nothing but names, shapes and a sine."""
+    state = fid.Inception().state_dict()
+    names = sorted(name for name in state if not name.endswith("num_batches_tracked"))
+    for i, name in enumerate(names):
+        shape = tuple(state[name].shape)
+        m = np.arange(math.prod(shape), dtype=np.int64) + 7919 * (i + 1)
+        v = math.sqrt(2) * np.sin(2 * math.pi * ((m * m % 999983) * m % 999983) / 999983)
+        v = v.reshape(shape)
+        if len(shape) > 1:
+            v = v - v.mean(axis=tuple(range(1, len(shape))), keepdims=True) * (shape[1] > 3)
+            v *= (12 if name == "fc.weight" else 1.7) / math.sqrt(math.prod(shape[1:]))
+        elif name.endswith(("bn.weight", "running_var")):
+            v = 1 + 0.2 * v
+        elif name.endswith("bn.bias"):
+            v = 0.2 * v - 0.2
+        else:
+            v *= 2 if name == "fc.bias" else 0.2
+        state[name] = torch.from_numpy(v.astype(np.float32))
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    tok.write_tensors(path, {name: state[name] for name in names})
+    return str(path)
+
+
+def synthetic(numbers, second=False):
+    """Pictures (N, 256, 256, 3) from integers alone."""
+    y, x, c = np.meshgrid(np.arange(256), np.arange(256), np.arange(3), indexing="ij")
+    pictures = []
+    for n in numbers:
+        t = x * (1 + n % 5) + y * (1 + n // 5 % 7) + (x * y * (n % 3) >> 6)
+        t += ((x - 128) ** 2 + (y - 16 * (n % 16)) ** 2) * (n % 4) // 64
+        t = (t + 61 * n + 85 * c * (1 + n % 2)) % 510
+        p = np.minimum(t, 510 - t)
+        pictures.append(p * 15 // 16 + 4 if second else p)
+    return np.stack(pictures).astype(np.uint8)
+
+
+def far(values, expected):
+    """The largest difference, relative to the largest value."""
+    values, expected = np.asarray(values), np.asarray(expected)
+    return np.abs(values - expected).max() / np.abs(expected).max()
+
+
+def test_resize_is_tensorflows():
+    # 299 outputs of 2 inputs lie at 0, 2/299, ..., and from input 1 on there is nothing to blend in
+    ramp = fid.resize(torch.tensor([10.0, 40.0]).expand(1, 1, 3, 2))[0, 0]
+    expected = 10 + 30 * np.minimum(np.arange(299) * 2 / 299, 1)
+    assert far(ramp, np.broadcast_to(expected, (299, 299))) < 1e-6
+    assert torch.equal(fid.resize(ramp.T[None, None])[0, 0], ramp.T)  # 299 is left alone
+    assert fid.resize(torch.arange(598.0).expand(1, 1, 5, 598))[0, 0, 2, 7] == 14  # not smoothed
+    pictures = {"synth8": synthetic(range(2))}
+    if GOLDEN.exists():
+        photographs = np.load(GOLDEN / "fid/images8.npz")["arr_0"]
+        pictures |= {"real8": photographs[:2], "real0_sub4_64px": photographs[:1, ::4, ::4],
+                     "real0_224x256": photographs[:1, 16:240]}
+    for name, pixels in pictures.items():
+        images = fid.resize(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float())
+        if name == "synth8":
+            assert images[0, 0, 0, 13:27:13].tolist() == pytest.approx([11.130435, 22.26087])
+            assert images[1, 2].double().sum().item() == pytest.approx(12005707.648, rel=1e-6)
+        if GOLDEN.exists():
+            golden = np.load(GOLDEN / "fid/resize.npz")[name + "__tf1_sub"]
+            assert far(images[:, :, ::13, ::13], golden) < 1e-6
+
+
+def test_inception(inception):
+    network = fid.load_inception(inception, torch.device("cpu"))
+    outputs = [x.numpy() for x in network(torch.from_numpy(synthetic(range(8))))]
+    assert [x.shape for x in outputs] == [(8, 2048), (8, 2023), (8, 1008)]
+    expected = [  # the norms of pictures 0 and 5, and some of their numbers
+        ((11.616622924804688, 17.455352783203125), 2047, (0.3331587016582489, 0.14948564767837524)),
+        ((22.162837982177734, 28.826803207397460), 500, (0.9000805020332336, 0.0)),
+        ((86.64056396484375, 118.87308502197266), 1, (-2.7035014629364014, -0.6439145803451538))]
+    for x, (norms, place, values) in zip(outputs, expected):
+        assert np.linalg.norm(x[[0, 5]], axis=1) == pytest.approx(norms, rel=2e-5)
+        assert x[[0, 5], place] == pytest.approx(values, abs=1e-4)
+    if GOLDEN.exists():
+        golden = np.load(GOLDEN / "fid/features8.npz")
+        photographs = np.load(GOLDEN / "fid/images8.npz")["arr_0"]
+        outputs = {"synth8": outputs, "real8": network(torch.from_numpy(photographs))}
+        for name, each in outputs.items():
+            for x, kind in zip(each, ("pool", "spatial", "logits_unbiased")):
+                assert far(x, golden[f"{name}__tf64__{kind}"]) < 1e-4
+
+
+def test_inceptions_weights(inception, workplace, monkeypatch, capsys):
+    state = tok.read_tensors(inception)
+    if GOLDEN.exists():
+        keys = json.loads((GOLDEN / "fid/keys_shapes.json").read_text())["keys"]
+        assert [(key["key"], key["shape"]) for key in keys] == \
+            [(name, list(state[name].shape)) for name in sorted(state)]
+        for key in keys:
+            assert state[key["key"]].double().sum().item() == pytest.approx(key["sum"], abs=1e-4)
+    fetched = []
+    monkeypatch.setattr(tok, "fetch", lambda *arguments: fetched.append(arguments) or inception)
+    fid.load_inception(None, torch.device("cpu"))
+    assert fetched == [(fid.URL, fid.SHA256)] and fid.SHA256[:8] in fid.URL
+
+    counters = {name.replace("running_var", "num_batches_tracked"): torch.tensor(7)
+                for name in state if name.endswith("running_var")}
+    assert len(counters) == 94
+    tok.write_tensors("counted.pth", state | counters)
+    fid.load_inception("counted.pth", torch.device("cpu"))
+    np.save("some.npy", synthetic(range(4)))
+    for change, named in [({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight is (1000, 2048)"),
+                          ({"AuxLogits.fc.bias": torch.zeros(1)}, "AuxLogits.fc.bias"),
+                          ({"Mixed_7c.branch1x1.bn.bias": torch.full((320,), math.nan)}, "finite")]:
+        tok.write_tensors("wrong.pth", state | change)
+        assert named in refused(["some.npy", "--weights", "wrong.pth"], capsys, main=fid.main)
+    del state["Mixed_6b.branch_pool.conv.weight"]
+    tok.write_tensors("wrong.pth", state)
+    assert "Mixed_6b.branch_pool.conv.weight is missing" in refused(
+        ["some.npy", "--weights", "wrong.pth"], capsys, main=fid.main)
+
+
+def test_frechet_distance():
+    def distance(*arrays):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return fid.frechet_distance(*(np.asarray(array, dtype=float) for array in arrays))
+
+    a, b = np.array([4.0, 9, 0, 1]), np.array([1.0, 25, 16, 0])
+    assert distance(a, np.diag(a), b, np.diag(b)) == pytest.approx(
+        ((a - b) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
+    u, v = np.eye(4)[0], np.full(4, 0.5)  # rank 1: the root of u u^T v v^T has the trace |u v|
+    assert distance(0 * u, np.outer(u, u), 0 * u, 9 * np.outer(v, v)) == pytest.approx(
+        1 + 9 - 2 * 3 * 0.5, rel=1e-12)
+    for seed in range(10):  # rank 4 of 30
+        x = np.random.default_rng(seed).normal(size=(5, 30))
+        assert 0 <= distance(x.mean(0), np.cov(x.T), x.mean(0), np.cov(x.T)) < 1e-6
+    if GOLDEN.exists():
+        cases = np.load(GOLDEN / "fid/frechet_cases.npz")
+        for name in {key.split("__")[0] for key in cases}:
+            arrays = [cases[f"{name}__{key}"] for key in ("mu1", "sigma1", "mu2", "sigma2")]
+            assert distance(*arrays) == pytest.approx(float(cases[name + "__fd"]), rel=1e-7,
+                                                      abs=1e-6 * np.trace(arrays[1]))
+
+
+def test_moments():
+    """Means are a million times larger than deviations; the batches are of several sizes."""
+    x = 1e6 + np.random.default_rng(0).normal(size=(50, 70))
+    moments = fid.Moments()
+    for part in torch.from_numpy(x).split([1, 20, 29]):
+        moments.add(part)
+    mean, covariance = moments.result()
+    assert mean == pytest.approx(x.mean(0), rel=1e-14)
+    assert np.abs(covariance - np.cov(x, rowvar=False)).max() < 1e-8
+
+
+def test_inception_score():
+    assert fid.inception_score(torch.zeros(9, 1008)) == pytest.approx(1)
+    assert fid.inception_score(1000 * torch.eye(1008)[:12]) == pytest.approx(12)
+    # half of the samples surely of class 0, half undecided between 0 and 1: entropies in nats
+    logits = torch.full((10, 1008), -1000.0)
+    logits[:, 0] = 0
+    logits[5:, 1] = 0
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert fid.inception_score(logits) == pytest.approx(math.exp(entropy - math.log(2) / 2))
+
+
+def test_precision_recall():
+    line = torch.tensor([[0.0], [1], [2], [3]])  # on a line: radii 3, 2, 2, 3
+    points = torch.tensor([[-3.0], [-3.01], [4], [6], [6.01]])
+    precision, recall = fid.precision_recall(points, line)
+    assert precision == 3 / 5  # the border belongs to the ball
+    assert recall == 1  # the radius of -3 alone is 9
+    assert fid.precision_recall(line, points) == [recall, precision]
+
+    def brute_force(samples, reference):
+        def inside(points, centres):
+            to_centres = ((centres[:, None] - centres[None]) ** 2).sum(-1)
+            radii = np.sort(to_centres, axis=1)[:, 3]
+            return (((points[:, None] - centres[None]) ** 2).sum(-1) <= radii).any(1).mean()
+        return [inside(samples, reference), inside(reference, samples)]
+
+    random = np.random.default_rng(0)
+    a = random.normal(size=(150, 40)).astype(np.float32)
+    b = (1.1 * random.normal(size=(90, 40)) + 0.1).astype(np.float32)
+    a[:20], b[4:9] = b[:20], b[4]  # twins of the other set, and of the own one: radius 0
+    expected = brute_force(a.astype(np.float64), b.astype(np.float64))
+    assert 0.2 < min(expected) and max(expected) < 0.95
+    for block in (1, 7, 90, 1000):
+        assert fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b), block=block) == \
+            pytest.approx(expected, abs=1e-12)
+    points, centres = fid.on_grid(torch.from_numpy(a) * 1e3, torch.from_numpy(b) * 1e3)
+    assert far(points / points.norm(), a / np.linalg.norm(a)) < 1e-6
+    whole = torch.cat(list(fid.squared_distances(points, centres, 1000)))
+    assert torch.equal(whole, whole.round()) and whole.max() < 2**53
+    for block in (1, 7, 90):  # exactly, not almost, the same
+        assert torch.equal(whole, torch.cat(list(fid.squared_distances(points, centres, block))))
+
+
+def test_all_five_scores(inception, workplace, capsys):
+    """64 pictures against 64: the figures are those of torch-fidelity's layers in float64 and of
+    ADM's formulas, without rounding."""
+    np.savez("reference.npz", synthetic(range(64)))
+    np.savez_compressed("samples.npz", synthetic(range(64, 128), second=True))
+    arguments = ["--weights", inception, "--device", "cpu", "--json", "scores.json"]
+    assert fid.main(["samples.npz", "reference.npz", *arguments, "--save-stats", "s.npz"]) == 0
+    printed = capsys.readouterr().out
+    scores = json.loads(Path("scores.json").read_text())
+    assert scores == {
+        "fid": pytest.approx(9.19818432430159, rel=1e-4),
+        "sfid": pytest.approx(363.04030863001503, rel=1e-4),
+        "is": pytest.approx(1.3587984779713944, rel=1e-4),
+        "precision": 0.84375, "recall": 0.515625, "samples": 64, "reference": 64}
+    for line in ("fid         9.198", "sfid        363.04", "is          1.358",
+                 "precision   0.8438", "recall      0.5156", "fewer than the 2,048 features"):
+        assert line in printed
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+    with np.load("s.npz") as saved:
+        assert {name: saved[name].shape for name in saved.files} == {
+            "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
+            "count": ()}
+
+
+class Cheap(torch.nn.Module):
+    """In place of Inception: a fixed map of a picture that is shrunk to 4x4; fewer features."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = torch.nn.Linear(48, 64 + 32 + 1008)
+        self.batches = []
+
+    @torch.no_grad()
+    def forward(self, pixels):
+        assert pixels.dtype == torch.uint8
+        self.batches.append(len(pixels))
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        return self.fc(F.adaptive_avg_pool2d(images, 4).flatten(1)).split([64, 32, 1008], 1)
+
+
+@pytest.fixture
+def cheap(workplace, monkeypatch):
+    network = Cheap()
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: network)
+    monkeypatch.setattr(fid, "KINDS", {"pool": ("mu", "sigma", 64),
+                                       "spatial": ("mu_s", "sigma_s", 32)})
+    return network
+
+
+def scores_of(*arguments):
+    assert fid.main([*arguments, "--json", "scores.json", "--device", "cpu"]) == 0
+    return json.loads(Path("scores.json").read_text())
+
+
+def same(scores, expected):
+    return scores.keys() == expected.keys() and all(
+        scores[name] == (value and pytest.approx(value, rel=1e-6))
+        for name, value in expected.items())
+
+
+def test_inputs_of_fid(cheap, capsys):
+    """The same pictures in every form, on either side, give the same scores."""
+    random = np.random.default_rng(0)
+    ours, theirs = (random.integers(0, high, (40, 64, 64, 3)).astype(np.uint8)
+                    for high in (256, 200))
+    for name, pictures in (("a", ours), ("b", theirs)):
+        np.savez(name + ".npz", pictures, np.arange(40))  # ADM's files hold labels, too: arr_1
+        np.savez_compressed(name + "-small.npz", pictures)
+        np.save(name + ".npy", pictures)
+        for i, pixels in enumerate(pictures):
+            folder = Path(name) / str(i // 10)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    expected = scores_of("a.npz", "b.npz")
+    assert expected["fid"] > 0.01 and None not in expected.values()
+    printed = capsys.readouterr().out
+    assert "64x64 and not the usual 256x256" in printed and "no " not in printed
+    for a, b, options in [("a-small.npz", "b.npy", []), ("a", "b", []),
+                          ("a.npy", "b-small.npz", ["--batch", "7"]), ("a", "b", ["--crop", "64"])]:
+        assert same(scores_of(a, b, *options), expected)
+    assert cheap.batches.count(7) == 10 and cheap.batches.count(5) == 2
+
+    # statistics, by themselves or beside the pictures, in ADM's names or as saved here
+    assert fid.main(["b.npz", "--save-stats", "b-stats.npz"]) == 0
+    assert "no fid, sfid, precision, recall: there is no reference" in capsys.readouterr().out
+    stored = scores_of("a.npz", "b-stats.npz")
+    assert same(stored, expected | {"precision": None, "recall": None})
+    assert "no precision, recall: b-stats.npz holds no pictures" in capsys.readouterr().out
+    with np.load("b-stats.npz") as archive:
+        statistics = {name: archive[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez("adm.npz", arr_0=theirs[:20], **statistics)
+    used = scores_of("a.npz", "adm.npz")
+    assert used["fid"] == pytest.approx(expected["fid"], rel=1e-6) and used["reference"] == 20
+    np.savez("few.npz", theirs[:20])
+    assert used["recall"] == scores_of("a.npz", "few.npz")["recall"] is not None
+    del statistics["mu_s"], statistics["sigma_s"]
+    np.savez("pool.npz", **statistics)
+    assert scores_of("a.npz", "pool.npz")["sfid"] is None
+    printed = capsys.readouterr().out
+    assert "no sfid, precision, recall: pool.npz holds no pictures, only" in printed
+
+    cheap.batches.clear()  # no picture is looked at that is not needed
+    assert scores_of("b-stats.npz", "b-stats.npz", "--metrics", "fid,sfid")["fid"] == 0
+    assert not cheap.batches
+    chosen = scores_of("a.npz", "adm.npz", "--metrics", "is,fid")
+    assert {name for name in fid.METRICS if chosen[name] is not None} == {"fid", "is"}
+    assert sum(cheap.batches) == 40
+
+
+def test_inception_score_is_the_mean_of_consecutive_splits(cheap, capsys):
+    pictures = np.zeros((5010, 4, 4, 3), np.uint8)
+    pictures[::2], pictures[5000:] = 255, 90
+    np.save("a.npy", pictures)
+    logits = cheap(torch.from_numpy(pictures))[2]
+    expected = (fid.inception_score(logits[:5000]) + fid.inception_score(logits[5000:])) / 2
+    assert expected != pytest.approx(fid.inception_score(logits), rel=1e-3)
+    for batch in ("64", "5005"):
+        assert scores_of("a.npy", "--batch", batch)["is"] == pytest.approx(expected, rel=1e-6)
+    assert "not the usual 50,000" in capsys.readouterr().out
+
+
+def test_rfid(photographs, cheap, capsys, monkeypatch):
+    """A reconstruction is compared with the crop that it was made of."""
+    for i in range(5):
+        paint(photographs / "cats" / "more" / f"{i}.jpg", size=(90 + 20 * i, 100), seed=50 + i)
+    tok.write_tensors("tokenizer.pt", tok.PatchTokenizer(8, 8, 16).state_dict())
+
+    class Perfect:  # tokens are pixels
+        image_size = 64
+        encode = decode = lambda self, images: images
+
+        def to(self, device):
+            return self
+
+    monkeypatch.setattr(tok, "find_tokenizer", lambda path: Perfect())
+    monkeypatch.setattr(tok, "to_uint8", lambda images: np.rint(
+        images.permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8))
+    assert tok.main(["reconstruct", "photos", "--out", "recon.npz"]) == 0
+    assert scores_of("recon.npz", "photos", "--crop", "64") == {
+        "fid": pytest.approx(0, abs=1e-6), "sfid": pytest.approx(0, abs=1e-6),
+        "is": pytest.approx(scores_of("photos", "--crop", "64")["is"], rel=1e-6),
+        "precision": 1, "recall": 1, "samples": 45, "reference": 45}
+    error = refused(["recon.npz", "photos"], capsys, main=fid.main)
+    assert "00.png is 70x80, but" in error and "cats/more/0.jpg 90x100" in error
+    assert "--crop 256" in error
+
+
+def spoil(path, name="arr_0.npy"):
+    """Flip one bit in the middle of a member of an .npz file."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(name)
+    content = bytearray(Path(path).read_bytes())
+    content[member.header_offset + 60 + member.compress_size // 2] ^= 1
+    Path(path).write_bytes(content)
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["missing.npz"], "missing.npz"),
+    (["float.npy"], "float.npy: it holds float32 (5, 8, 8, 3)"),
+    (["first.npy"], "first.npy: it holds uint8 (5, 3, 8, 8), channels first"),
+    (["fortran.npy"], "Fortran"),
+    (["objects.npy"], "objects.npy: it holds object"),
+    (["others.npz"], "others.npz: neither pictures (arr_0) nor statistics (mu, sigma), but ['im"),
+    (["one.npz"], "one.npz: scores need at least 4 pictures, and there are 1"),
+    (["none.npy"], "there are 0"),
+    (["empty"], "empty: scores need"),
+    (["half.npz"], "half.npz"),
+    (["half.npy"], "half.npy: 932 bytes of pixels, not 960"),
+    (["header.npy"], "header.npy"),
+    (["spoilt.npz"], "spoilt.npz: Bad CRC-32"),
+    (["spoilt-small.npz"], "spoilt-small.npz: Bad CRC-32"),
+    (["notes.txt"], "notes.txt: no .npz file"),
+    (["pipe.npz"], "pipe.npz"),
+    (["unreadable"], "unreadable/3.png"),
+    (["good.npy", "missing"], "missing"),
+    (["good.npy", "width.npz"], "width.npz: mu is (768,)"),
+    (["good.npy", "nan.npz"], "nan.npz: sigma_s holds NaN"),
+    (["good.npy", "objects.npz"], "objects.npz: Object arrays"),
+    (["good.npy", "half-stats.npz"], "half-stats.npz: "),
+    (["good.npy", "spoilt-stats.npz"], "spoilt-stats.npz: "),
+    (["stats.npz"], "no is: stats.npz holds no pictures"),
+    (["good.npy", "stats.npz", "--metrics", "fid,recall"], "no recall: stats.npz"),
+    (["good.npy", "--metrics", "fid"], "no fid: there is no reference"),
+    (["good.npy", "--metrics", "fid,speed"], "--metrics speed: choose from fid,sfid,is"),
+    (["good.npy", "--crop", "8"], "--crop 8"),
+    (["good.npy", "--batch", "0"], "--batch"),
+    (["good.npy", "--save-stats", "good.npy"], "good.npy is there already"),
+    (["good.npy", "--json", "empty"], "empty is there already"),
+    (["good.npy", "--json", "notes.txt/a.json"], "notes.txt/a.json"),
+    (["stats.npz", "stats.npz", "--save-stats", "x.npz"], "--save-stats: stats.npz"),
+    ([], "samples"),
+])
+def test_mistakes_with_fid(cheap, capsys, arguments, named):
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    np.save("good.npy", pictures)
+    np.save("float.npy", pictures.astype(np.float32))
+    np.save("first.npy", np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+    np.save("fortran.npy", np.asfortranarray(pictures))
+    np.save("objects.npy", np.array([{}, None], dtype=object))
+    np.save("none.npy", pictures[:0])
+    np.savez("others.npz", images=pictures)
+    np.savez("one.npz", pictures[:1])
+    np.savez("spoilt.npz", pictures)
+    noise = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3)).astype(np.uint8)
+    np.savez_compressed("spoilt-small.npz", noise)  # larger than what zipfile reads at once
+    Path("half.npz").write_bytes(Path("spoilt.npz").read_bytes()[:700])
+    Path("half.npy").write_bytes(Path("good.npy").read_bytes()[:-28])
+    Path("header.npy").write_bytes(Path("good.npy").read_bytes()[:40])
+    Path("notes.txt").write_text("hello")
+    Path("empty").mkdir()
+    os.mkfifo("pipe.npz")
+    for i in range(5):
+        paint(Path(f"unreadable/{i}.png"))
+    Path("unreadable/3.png").write_text("broken")
+    np.savez("width.npz", mu=np.zeros(768), sigma=np.eye(768))
+    np.savez("objects.npz", mu=np.array([None] * 64), sigma=np.zeros(1))
+    np.savez("half-stats.npz", mu=np.zeros(64))
+    np.savez("stats.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez("nan.npz", mu_s=np.zeros(32), sigma_s=np.full((32, 32), np.nan))
+    np.savez_compressed("spoilt-stats.npz", mu=np.arange(64.0), sigma=np.eye(64))
+    for name, member in (("spoilt", "arr_0"), ("spoilt-small", "arr_0"), ("spoilt-stats", "mu")):
+        spoil(name + ".npz", member + ".npy")
+    before = sorted(os.listdir())
+    assert named in refused(arguments, capsys, main=fid.main)
+    assert sorted(os.listdir()) == before

@@ -78,6 +78,7 @@ class Parser(argparse.ArgumentParser):
     (args, the knobs that were given, device, autocast)."""
 
     commands = None
+    memory_flag, interrupted = "--micro-batch", "interrupted; the same command goes on"
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
@@ -120,11 +121,11 @@ class Parser(argparse.ArgumentParser):
                 args.function(args, knobs, device, autocast)
             return 0
         except torch.OutOfMemoryError:
-            return failed("error: out of memory: lower --micro-batch", 2)
+            return failed(f"error: out of memory: lower {self.memory_flag}", 2)
         except UserError as error:
             return failed(f"error: {error}", 2)
         except KeyboardInterrupt as error:
-            return failed(str(error) or "interrupted; the same command goes on", 130)
+            return failed(str(error) or self.interrupted, 130)
         except BrokenPipeError:  # whoever read our output has gone, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -240,6 +241,14 @@ def writing(path):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(f"cannot write {path}: {reason}") from error
+
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever a damaged or foreign file makes the parsers raise into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: {error or type(error).__name__}") from error
 
 @contextlib.contextmanager
 def replacing(path):
@@ -793,6 +802,49 @@ def read_pictures(files, crops, size):
         Chunks(files, crops, size), batch_size=None, num_workers=workers, collate_fn=list)
     for chunk in loader:
         yield from chunk
+
+def folder_batches(files, crop, batch):
+    """The pictures of the files, as tokenizer.py reconstruct cuts them or as they are."""
+    items, size = zip(files, read_pictures(files, crop and "center", crop)), None
+    while chunk := list(itertools.islice(items, batch)):
+        for file, item in chunk:
+            if isinstance(item, str):  # without it, this would be the score of another set
+                raise UserError(f"{file}: {item}")
+            size = size or size_of(item)
+            if size_of(item) != size:
+                raise UserError(f"{files[0]} is {size}, but {file} {size_of(item)}: cut all to one "
+                                "size, with --crop 256 for example")
+        yield np.concatenate([item for _, item in chunk])
+
+def size_of(pixels):
+    return f"{pixels.shape[2]}x{pixels.shape[1]}"
+
+@contextlib.contextmanager
+def open_array(path):
+    """The shape of the pictures in an array file, and the file, to be read on at the pixels."""
+    if path.suffix == ".npy":
+        file, size = open(path, "rb"), path.stat().st_size
+    else:
+        archive = zipfile.ZipFile(path)
+        file, size = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size
+    with file:
+        np.lib.format.read_magic(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or is_fortran:
+            first = ", channels first" if len(shape) == 4 and shape[1] == 3 else ""
+            raise ValueError(f"it holds {dtype} {shape}{first}{', Fortran order' * is_fortran}; "
+                             "expected uint8 from 0 to 255, (N, H, W, 3)")
+        if size - file.tell() != math.prod(shape):
+            raise ValueError(f"{size - file.tell():,} bytes of pixels, not {math.prod(shape):,}")
+        yield shape, file
+
+def array_batches(path, batch):
+    """The array in slices: ADM's 50,000 pictures are 9.8 GB."""
+    with reading(path), open_array(path) as (shape, file):
+        for first in range(0, shape[0], batch):
+            part = (min(batch, shape[0] - first), *shape[1:])
+            yield np.frombuffer(bytearray(file.read(math.prod(part))), np.uint8).reshape(part)
+        file.read(1)  # only at the very end zipfile compares the checksum
 
 # ---- Pictures <-> tokens -------------------------------------------------------------------------
 

@@ -1,0 +1,400 @@
+"""FID, sFID, Inception Score, precision and recall, as ADM's evaluator computes them.
+
+The published scores of ImageNet generators come from one TensorFlow 1 script. This file computes
+the same numbers with PyTorch, from the same files:
+
+    python fid.py rar_b.npz VIRTUAL_imagenet256_labeled.npz     samples, then reference: all five
+    python fid.py recon.npz FOLDER --crop 256                   rFID: reconstructions and originals
+    python fid.py FOLDER --crop 256 --save-stats val.npz        statistics, to be a reference later
+
+Either side is a folder of pictures, an .npz file with `arr_0` or an .npy file, both uint8
+(N, H, W, 3), or an .npz file of statistics. What can't be computed from these is said.
+"""
+
+import dataclasses
+import io
+import math
+import sys
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import tokenizer as tok  # reads pictures, fetches files, reports mistakes
+from tokenizer import UserError
+
+# ---- The scores ----------------------------------------------------------------------------------
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), of means (D,) and covariances (D, D).
+
+    FID (Heusel 2017) on pool features, sFID (Nash 2021) on spatial ones. With S = R^T R the trace
+    of (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T: no square root of a matrix, hence
+    nothing complex, and good where fewer samples than dimensions make S singular.
+    """
+    roots = []
+    for sigma in (sigma1, sigma2):
+        values, vectors = np.linalg.eigh(sigma)
+        roots.append(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)  # (D, D)
+    singular = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False)      # (D,)
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * singular.sum()
+    return max(0.0, float(distance))  # of equals, rounding leaves some -1e-12
+
+def inception_score(logits):
+    """exp of the mean KL(p(y | x) || p(y)), of logits (N, 1008) (Salimans 2016).
+
+    The published number is its mean over splits of 5,000 consecutive samples, not shuffled: of
+    samples in the order of their classes it would collapse.
+    """
+    log_p = logits.double().log_softmax(1)                # (N, 1008)
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (1008,)
+    return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
+
+def precision_recall(samples, reference, k=3, block=1024):
+    """The share of samples on the reference's manifold, and of the reference on the samples'
+    (Kynkäänniemi 2019), of pool features (N, 2048), (M, 2048). A manifold is the union of balls,
+    one around each point, that reaches to its third neighbour; the border belongs to the ball."""
+    samples, reference = on_grid(samples, reference)
+    shares = []  # of samples inside, then of the reference
+    for points, centres in ((samples, reference), (reference, samples)):
+        # k + 1, for the nearest is the point itself
+        radii = torch.cat([distances.topk(k + 1, largest=False).values[:, k]
+                           for distances in squared_distances(centres, centres, block)])
+        inside = torch.cat([(distances <= radii).any(1)
+                            for distances in squared_distances(points, centres, block)])
+        shares.append(inside.double().mean().item())
+    return shares
+
+def on_grid(*sets):
+    """Sets of vectors in steps of 2^-25 of the longest one, about float32's own precision. Squared
+    distances are then whole numbers below 2^53, and float64 computes them without any rounding:
+    whatever the blocks, and equal points have distance 0."""
+    longest = max(float(vectors.norm(dim=1).max()) for vectors in sets)
+    step = 2.0 ** (math.ceil(math.log2(max(longest, 1e-30))) - 25)
+    return [(vectors / step).round() for vectors in sets]
+
+def squared_distances(points, centres, block):
+    """For each block of points: (N, D), (M, D), both on the grid -> float64 (block, M)"""
+    squares = [(part.double() ** 2).sum(1) for part in centres.split(block)]
+    for part in points.split(block):
+        part = part.double()
+        distances = torch.cat([torch.addmm(square, part, other.double().T, alpha=-2)
+                               for square, other in zip(squares, centres.split(block))], 1)
+        yield distances.add_((part**2).sum(1, keepdim=True))
+
+class Moments:
+    """Mean and covariance of vectors that come in batches, in float64. The sums are taken about the
+    first batch's mean, or a small variance would drown in a large mean."""
+
+    count = 0
+
+    def add(self, vectors):
+        vectors = vectors.double()  # (B, D)
+        if self.count == 0:
+            self.origin, self.sum, self.products = vectors.mean(0), 0, 0
+        vectors = vectors - self.origin
+        self.count += len(vectors)
+        self.sum = self.sum + vectors.sum(0)                 # (D,)
+        self.products = self.products + vectors.T @ vectors  # (D, D)
+
+    def result(self):
+        mean = self.sum / self.count
+        covariance = self.products - self.count * torch.outer(mean, mean)
+        covariance /= self.count - 1  # ddof 1, as in numpy.cov
+        return (self.origin + mean).cpu().numpy(), covariance.cpu().numpy()
+
+# ---- Inception -----------------------------------------------------------------------------------
+
+def resize(images, size=299):
+    """(B, 3, H, W) -> (B, 3, 299, 299) as TensorFlow 1 does it: output i lies at i * H / 299, not
+    half a pixel further on, and nothing is smoothed where it shrinks."""
+    for axis in (3, 2):
+        length = images.shape[axis]
+        position = torch.arange(size, device=images.device) * torch.tensor(length / size)
+        low = position.floor().long()  # (299,)
+        high = (low + 1).clamp(max=length - 1)
+        share = (position - low).view(-1, *[1] * (3 - axis))
+        first, second = images.index_select(axis, low), images.index_select(axis, high)
+        images = first + (second - first) * share
+    return images
+
+class Conv(nn.Module):
+    """Convolution, batch norm and ReLU. With stride 1 the size stays, unless `padded` is False."""
+
+    def __init__(self, inputs, outputs, kernel, stride=1, padded=True):
+        super().__init__()
+        padding = "same" if padded and stride == 1 else 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+halve = partial(F.max_pool2d, kernel_size=3, stride=2)
+maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
+                  count_include_pad=False)  # torchvision's network counts the padding
+
+class Mixed(nn.Module):
+    """Branches side by side: each a chain of convolutions (outputs, kernel, stride), a list at its
+    end being two on the same input. branch_pool starts from the pooled input."""
+
+    def __init__(self, inputs, pool, **branches):
+        super().__init__()
+        self.pool, self.chains = pool, {}  # branch: a list of names for each step
+        for branch, chain in branches.items():
+            self.chains[branch], width = [], inputs
+            for i, step in enumerate(chain, 1):
+                name = f"{branch}_{i}" if len(chain) > 1 else branch
+                pair = isinstance(step, list)
+                convs = dict(zip((name + "a", name + "b"), step)) if pair else {name: step}
+                for name, conv in convs.items():
+                    self.add_module(name, Conv(width, *conv))
+                self.chains[branch].append(list(convs))
+                width = conv[0]
+
+    def forward(self, x):
+        outputs = []
+        for branch, chain in self.chains.items():
+            h = [self.pool(x) if branch == "branch_pool" else x]
+            for names in chain:
+                h = [getattr(self, name)(h[0]) for name in names]
+            outputs += h
+        return torch.cat(outputs, 1)
+
+def mixed_5(inputs, pooled):
+    return Mixed(inputs, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
+
+def mixed_6(width):
+    wide, tall = (width, (1, 7)), (width, (7, 1))
+    return Mixed(768, average, branch1x1=[(192, 1)], branch7x7=[(width, 1), wide, (192, (7, 1))],
+                 branch7x7dbl=[(width, 1), tall, wide, tall, (192, (1, 7))],
+                 branch_pool=[(192, 1)])
+
+def mixed_7(inputs, pool):
+    both = [(384, (1, 3)), (384, (3, 1))]
+    return Mixed(inputs, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), both],
+                 branch3x3dbl=[(448, 1), (384, 3), both], branch_pool=[(192, 1)])
+
+class Inception(nn.Module):
+    """The Inception v3 of 2015 that scores are made with; torchvision's is another. Names as in its
+    PyTorch release. uint8 (B, H, W, 3) -> pool (B, 2048), spatial (B, 2023), logits (B, 1008)"""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
+        self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = Conv(32, 32, 3, padded=False), Conv(32, 64, 3)
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, padded=False)
+        self.Mixed_5b, self.Mixed_5c = mixed_5(192, 32), mixed_5(256, 64)
+        self.Mixed_5d = mixed_5(288, 64)
+        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3, 2)],
+                              branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
+        self.Mixed_6b, self.Mixed_6c = mixed_6(128), mixed_6(160)
+        self.Mixed_6d, self.Mixed_6e = mixed_6(160), mixed_6(192)
+        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[
+            (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
+        self.Mixed_7b = mixed_7(1280, average)
+        self.Mixed_7c = mixed_7(2048, maximum)  # a slip of the original, and part of it since
+        self.fc = nn.Linear(2048, 1008)
+
+    @torch.no_grad()
+    def forward(self, pixels):
+        x = pixels.to(self.fc.weight.device).permute(0, 3, 1, 2).float()
+        x = (resize(x) - 128) / 128                                   # (B, 3, 299, 299)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))     # (B, 288, 35, 35)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # (B, 17 * 17 * 7), not CHW
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        pool = x.mean((2, 3))                                         # (B, 2048), of 8x8 cells
+        return pool, spatial, pool @ self.fc.weight.T                 # logits without their bias
+
+URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+       "pt_inception-2015-12-05-6726825d.pth")
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+def load_inception(path, device):
+    """Inception with the published weights, or with those of a file."""
+    path, model = path or tok.fetch(URL, SHA256), Inception()
+    counters = {name: count for name, count in model.state_dict().items()
+                if name.endswith("num_batches_tracked")}  # of no effect, and not in every file
+    tok.load_strictly(model, tok.read_tensors(path, SHA256) | counters, path)
+    return model.eval().to(device, memory_format=torch.channels_last)  # nearly twice as fast
+
+# ---- Samples and reference -----------------------------------------------------------------------
+
+KINDS = {"pool": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 2023)}  # as ADM names them
+
+@dataclasses.dataclass
+class Side:
+    """Samples or reference: pictures, stored statistics, or both; then what `measure` adds."""
+    path: Path
+    count: int | None = None    # pictures, here or behind the statistics; None: unknown
+    batches: object = None      # batch size -> iterator over uint8 (B, H, W, 3)
+    moments: dict = dataclasses.field(default_factory=dict)  # kind: (mean, covariance)
+    size: str = "256x256"
+    features: torch.Tensor | None = None                     # (N, 2048)
+    inception_score: float | None = None
+
+def open_side(path, crop):
+    """The Side at a path. Raises UserError if there is nothing in it to score."""
+    path = Path(path)
+    if path.is_dir():
+        files = tok.pictures_in(path)
+        side = Side(path, len(files), partial(tok.folder_batches, files, crop))
+    elif path.is_file():
+        with tok.reading(path):
+            side = open_arrays(path)
+    else:
+        raise UserError(f"there is neither a file nor a folder {path}")
+    if side.batches and side.count < 4:  # third neighbours
+        raise UserError(f"{path}: scores need at least 4 pictures, and there are {side.count}")
+    return side
+
+def open_arrays(path):
+    side, members = Side(path), ["arr_0.npy"]
+    if path.suffix != ".npy":
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no .npz file, or only part of one, no .npy file and no folder")
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            for kind, (mean, covariance, width) in KINDS.items():
+                if f"{mean}.npy" in members:
+                    side.moments[kind] = (read_member(archive, mean, (width,)),
+                                          read_member(archive, covariance, (width, width)))
+            if "count.npy" in members:
+                side.count = int(read_member(archive, "count", ()))
+    if "arr_0.npy" in members:
+        with tok.open_array(path) as (shape, _):
+            side.count, side.batches = shape[0], partial(tok.array_batches, path)
+    elif not side.moments:
+        raise ValueError(f"neither pictures (arr_0) nor statistics (mu, sigma), but {members}")
+    return side
+
+def read_member(archive, name, shape):
+    """A small array of an .npz file. Read whole, so that zipfile compares its checksum."""
+    member = io.BytesIO(archive.read(f"{name}.npy"))
+    array = np.lib.format.read_array(member, allow_pickle=False).astype(np.float64)
+    if array.shape != shape:
+        raise ValueError(f"{name} is {array.shape}, and Inception's is {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return array
+
+def measure(side, inception, batch, keep_features):
+    """One pass over the pictures: statistics unless they are stored, Inception Score, features."""
+    device = inception.fc.weight.device
+    place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    moments = {kind: Moments() for kind in KINDS}
+    if keep_features:
+        side.features = torch.empty(side.count, KINDS["pool"][2], device=place)
+    split, scores, done = torch.empty(0, 1008, device=place), [], 0
+    with tqdm(total=side.count, desc=side.path.name, unit=" images", leave=False) as bar:
+        for pixels in side.batches(batch):
+            pool, spatial, logits = (x.to(place) for x in inception(torch.from_numpy(pixels)))
+            moments["pool"].add(pool)
+            moments["spatial"].add(spatial)
+            if keep_features:
+                side.features[done:done + len(pool)] = pool
+            done += len(pool)
+            split = torch.cat([split, logits])
+            while len(split) >= 5000 or len(split) and done == side.count:
+                scores.append(inception_score(split[:5000]))
+                split = split[5000:]
+            bar.update(len(pool))
+    side.size, side.inception_score = tok.size_of(pixels), sum(scores) / len(scores)
+    if not math.isfinite(side.inception_score):
+        raise UserError(f"{side.path}: Inception's outputs are not finite: are its weights good?")
+    side.moments = {kind: of_kind.result() for kind, of_kind in moments.items()} | side.moments
+
+# ---- Command line --------------------------------------------------------------------------------
+
+# each with the statistics that it can be had from without pictures
+METRICS = {"fid": "pool", "sfid": "spatial", "is": "", "precision": "", "recall": ""}
+
+def obstacle(metric, samples, reference=None):
+    """Why a score can't be had; None if it can."""
+    if metric != "is" and reference is None:
+        return "there is no reference"
+    for side in [samples] if metric == "is" else [samples, reference]:
+        if side.batches is None and METRICS[metric] not in side.moments:
+            return f"{side.path} holds no pictures, only statistics ({', '.join(side.moments)})"
+    return None
+
+def score_command(args, knobs, device, autocast):
+    sides = [open_side(path, args.crop) for path in (args.samples, args.reference) if path]
+    samples = sides[0]
+    if args.crop and not any(side.path.is_dir() for side in sides):
+        raise UserError(f"--crop {args.crop} is for folders of pictures")
+    for path in filter(None, (args.json, args.save_stats)):
+        tok.check_folder(path.parent, path)
+        if path.is_dir() or path.exists() and any(path.samefile(side.path) for side in sides):
+            raise UserError(f"{path} is there already; name another file to write to")
+    asked = args.metrics.split(",") if args.metrics else list(METRICS)
+    if wrong := [name for name in asked if name not in METRICS]:
+        raise UserError(f"--metrics {wrong[0]}: choose from {','.join(METRICS)}")
+    why = {name: obstacle(name, *sides) for name in asked}
+    names = [name for name in asked if why[name] is None]
+    missing = [f"no {', '.join(name for name in asked if why[name] == reason)}: {reason}"
+               for reason in dict.fromkeys(filter(None, why.values()))]
+    if not names or args.metrics and missing:
+        raise UserError("; ".join(missing))
+    if args.save_stats and samples.batches is None:
+        raise UserError(f"--save-stats: {samples.path} holds no pictures to measure")
+
+    both = "precision" in names or "recall" in names
+    todo = [side for side in sides if both or side is samples and (args.save_stats or "is" in names)
+            or any(METRICS[name] not in side.moments for name in {"fid", "sfid"} & {*names})]
+    inception = load_inception(args.weights, device) if todo else None
+    for side in todo:
+        measure(side, inception, args.batch or (16 if device.type == "cpu" else 64), both)
+    scores = {"is": samples.inception_score}
+    for name in {"fid", "sfid"} & {*names}:
+        first, second = (side.moments[METRICS[name]] for side in sides)
+        scores[name] = frechet_distance(*first, *second)
+    if both:
+        scores["precision"], scores["recall"] = precision_recall(*(side.features for side in sides))
+    scores = {name: scores[name] if name in names else None for name in METRICS}
+
+    for title, side, usual in zip(("samples", "reference"), sides, (50_000, 2048)):
+        count = "an unknown number of" if side.count is None else f"{side.count:,}"
+        print(f"{title:12}{side.path}: {'' if side.batches else 'statistics of '}{count} pictures")
+        if side.count and side.count < usual:
+            few = "fewer than the 2,048 features" if side.count < 2048 else "not the usual 50,000"
+            print(f"{'':12}{few}: FID and sFID come out higher; compare equal counts only")
+        if side.size != "256x256":
+            print(f"{'':12}of {side.size} and not the usual 256x256")
+    print(*(f"{name:12}{scores[name]:.4f}" for name in names), *missing, sep="\n")
+    if args.json:
+        counts = {"samples": samples.count, "reference": sides[-1].count if sides[1:] else None}
+        tok.write_json(args.json, scores | counts)
+    if args.save_stats:
+        arrays = {n: a for kind in KINDS for n, a in zip(KINDS[kind], samples.moments[kind])}
+        with tok.replacing(args.save_stats) as beside, open(beside, "wb") as file:
+            np.savez(file, **arrays, count=samples.count)
+
+def main(argv=None):
+    """Score samples. Returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
+    parser = tok.Parser(prog="fid.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.memory_flag, parser.interrupted = "--batch", "interrupted"
+    parser.set_defaults(function=score_command, config=None, precision="float32")
+    parser.add_argument("samples", help="folder of pictures, .npz or .npy file")
+    parser.add_argument("reference", nargs="?", help="the same, or statistics")
+    parser.add_argument("--metrics", help=f"of {','.join(METRICS)} [all there are]")
+    parser.add_argument("--crop", type=tok.whole_number(1), help="cut folders' pictures to this")
+    parser.add_argument("--weights", help="Inception's, if not to be downloaded")
+    parser.add_argument("--json", type=Path, help="file to write the scores to")
+    parser.add_argument("--save-stats", type=Path, help=".npz to write the samples' statistics to")
+    parser.add_argument("--batch", type=tok.whole_number(1), help="pictures at once [16; GPU: 64]")
+    parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
+    return parser.run(argv)
+
+if __name__ == "__main__":
+    sys.exit(main())
