@@ -81,7 +81,7 @@ def on_grid(*sets):
 def squared_distances(points, centres, block):
     """For each block of points: (N, D), (M, D), both on the grid -> float64 (block, M)"""
     squares = [(part.double() ** 2).sum(1) for part in centres.split(block)]
-    for part in points.split(block):
+    for part in tqdm(points.split(block), "distances", leave=False, disable=len(points) < 5000):
         part = part.double()
         distances = torch.cat([torch.addmm(square, part, other.double().T, alpha=-2)
                                for square, other in zip(squares, centres.split(block))], 1)

@@ -279,6 +279,23 @@ def test_cache_changes_nothing(model):
         assert (fast == slow).all(dim=1).float().mean() >= 0.99
 
 
+@pytest.mark.parametrize("scale, power", [(0, 0), (3.0, 1.0)])
+def test_fast_path_gives_the_same_tokens(scale, power):
+    for target_aware in (True, False):
+        model = closed_form(RAR(dataclasses.replace(TINY, grid_size=7, target_aware=target_aware)))
+        model.eval()
+        labels, uniforms = torch.arange(100) % 11, torch.rand(100, 49)
+        orders = sample_orders(100, 49, 0.5)
+        known = torch.full((100, 49), -1)
+        known[:50].scatter_(1, orders[:50, :9], torch.randint(32, (50, 9)))
+        slow, fast = (f(model, labels, scale, power, 0.9, uniforms=uniforms, orders=orders,
+                        known=known) for f in (generate, rar.generate_fast))
+        assert (fast == slow).all(dim=1).float().mean() >= 0.99
+        assert (slow == known)[known >= 0].all()
+    slow, fast = (f(model, labels, scale, power, 0) for f in (generate, rar.generate_fast))
+    assert (fast == slow).all(dim=1).float().mean() >= 0.99
+
+
 def test_generated_tokens_follow_the_model(model):
     """Teacher-forced on its own sample, the model must cumulate to the uniforms that were used."""
     uniforms = torch.rand(3, 16)
