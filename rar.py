@@ -84,7 +84,7 @@ class Config:
     save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
     keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two", 0)
     # Sampling
-    scale: float = knob(16.0, "guidance at the end of a picture; 0 is no guidance", 0)
+    scale: float = knob(16.0, "guidance at the end of a picture; 0 is no guidance", 0, 1e6)
     power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout", 0)
     temperature: float = knob(1.0, "of the softmax; 0 takes the likeliest token", 0)
 
@@ -92,6 +92,8 @@ class Config:
         tok.check_knobs(self)
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         if self.anneal[0] > self.anneal[1]:
             raise UserError("--anneal {} {} ends before it starts".format(*self.anneal))
 
@@ -300,8 +302,9 @@ def draw(logits, temperature, uniforms):
     """Draw from softmaxes: logits (B, V), uniforms (B,) in [0, 1) -> (B,), the first token whose
     cumulative probability exceeds the uniform. That is scaled by the total, 1 but for rounding, so
     that there always is such a token and its probability is not 0."""
-    if temperature == 0:
+    if temperature < 1e-30:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)  # (B, V)
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 

@@ -466,7 +466,7 @@ def test_train_sample_eval(workplace, capsys):
     assert {path.name for path in run.iterdir()} == {
         "config.json", "tokenizer.pt", "weights.pt", "log.jsonl", "checkpoint-0000003.pt",
         "checkpoint-0000004.pt", "checkpoint-0000006.pt", "step-000003.png", "step-000004.png",
-        "step-000006.png"}
+        "step-000006.png", ".lock"}
     with Image.open(run / "step-000006.png") as picture:
         assert picture.size == (10 * 68 + 4, 5 * 68 + 4 + 22)
     lines = log_of(run)

@@ -37,6 +37,11 @@ import zipfile
 import zlib
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -120,8 +125,6 @@ class Parser(argparse.ArgumentParser):
             with processes(device):
                 args.function(args, knobs, device, autocast)
             return 0
-        except torch.OutOfMemoryError:
-            return failed(f"error: out of memory: lower {self.memory_flag}", 2)
         except UserError as error:
             return failed(f"error: {error}", 2)
         except KeyboardInterrupt as error:
@@ -131,7 +134,11 @@ class Parser(argparse.ArgumentParser):
             return 1
         except OSError as error:
             return failed(f"error: {error.filename}: {error.strerror}", 2)
-        except RuntimeError:
+        except (MemoryError, RuntimeError) as error:
+            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if out_of_memory or "DefaultCPUAllocator" in str(error):
+                return failed(f"error: out of memory: lower {self.memory_flag}, or take a smaller "
+                              "model", 2)
             if WORLD_SIZE > 1:
                 time.sleep(5)  # if it is that another process has gone, torchrun ends us meanwhile
             raise
@@ -233,14 +240,31 @@ def check_same_on_all(config, rows):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
+def lock(path):
+    """Hold a file against a second process that would write the same, until this one ends."""
+    if fcntl is not None:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            LOCKS.append(open(path, "ab"))
+        try:
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{path.parent} is in use by another process: wait for it") from error
+
+LOCKS = []  # the files that this process holds: closing one would let it go
+
 @contextlib.contextmanager
 def writing(path):
     """Turn what the disk refuses inside into a UserError that names the path."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise UserError(f"cannot write {path}: {reason}") from error
+    except (OSError, RuntimeError) as error:
+        cause = error  # torch.save makes a RuntimeError of a full disk, and of a CUDA error too
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 @contextlib.contextmanager
 def reading(path):
@@ -269,8 +293,8 @@ def replacing(path):
             beside.unlink(missing_ok=True)
 
 def write_tensors(path, tensors):
-    with replacing(path) as beside:
-        torch.save(tensors, beside)
+    with replacing(path) as beside, open(beside, "wb") as file:  # a file says why it is full
+        torch.save(tensors, file)
 
 def write_json(path, value):
     with replacing(path) as beside:
@@ -282,7 +306,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold one JSON object")
@@ -298,8 +322,10 @@ def read_tensors(path, sha256=None):
     try:
         damaged = None
         if sha256 is None or digest(np.memmap(path, mode="r")) != sha256:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+            with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing, a bomb does
+                damaged = archive.testzip() if all(
+                    member.compress_type == zipfile.ZIP_STORED for member in archive.infolist()
+                ) else "compressed"
         value = None if damaged else torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
@@ -513,9 +539,15 @@ class Run:
             write_tensors(weights, state["model"])  # in case a kill came between the two files
         return state["updates"]
 
+    def check_still_there(self):
+        """Raise UserError rather than begin another run where somebody removed this one."""
+        if not (self.folder / "config.json").exists():
+            raise UserError(f"{self.folder} has been removed, or its config.json")
+
     def save(self, step, model, optimizer):
         if RANK > 0:
             return
+        self.check_still_there()
         done, weights = step + 1, {n: tensor.cpu() for n, tensor in model.state_dict().items()}
         write_tensors(self.folder / f"checkpoint-{done:07}.pt", {
             "updates": done, "model": weights, "optimizer": optimizer.state_dict()})
@@ -532,15 +564,16 @@ class Run:
 
     def updates(self, first, images):
         """Yield the updates first .. steps - 1 under a progress bar; a pass is of so many `images`.
-        On Ctrl-C or SIGTERM, the one in hand is the last: `stopped` is set, to be saved before the
-        next is asked for."""
+        On Ctrl-C, SIGTERM or SIGHUP, the one in hand is the last: `stopped` is set, to be saved
+        before the next is asked for."""
         self.log_path, self.images, kept = self.folder / "log.jsonl", images, []
         if RANK == 0:
+            lock(self.folder / ".lock")
             write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-            # what was logged after the checkpoint is made again
+            # what was logged after the checkpoint is made again, and so is half a line
             if self.log_path.exists():
                 for line in self.log_path.read_bytes().splitlines():
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+                    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                         if json.loads(line)["step"] <= first:
                             kept.append(line.decode())
             with replacing(self.log_path) as beside:
@@ -551,7 +584,10 @@ class Run:
             signal.signal(number, previous[number])  # the second one strikes at once
             tqdm.write("stopping after this update", file=sys.stderr)
 
-        previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                   if hasattr(signal, name)]
+        previous = {number: signal.signal(number, note) for number in signals
+                    if signal.getsignal(number) is not signal.SIG_IGN}  # as under nohup
         self.bar = tqdm(total=self.config.steps, initial=first,
                         bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|")
         self.start_clock()
@@ -618,6 +654,7 @@ class Run:
 
     def log(self, step, line):
         if RANK == 0:
+            self.check_still_there()
             with writing(self.log_path), open(self.log_path, "a") as file:
                 file.write(json.dumps({"step": step + 1} | line) + "\n")
 
@@ -1215,7 +1252,7 @@ def rows_of(lines):
         try:
             values = [json.loads(line) for line in lines]
             rows = np.array([[value["class_id"], *value["tokens"]] for value in values])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, RecursionError) as error:
             raise ValueError("no class_id or no tokens") from error
         if rows.dtype != np.int64 or rows.ndim != 2:
             raise ValueError("not whole numbers, or not as many as on the other lines")
