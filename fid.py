@@ -388,11 +388,11 @@ def main(argv=None):
     parser.add_argument("samples", help="folder of pictures, .npz or .npy file")
     parser.add_argument("reference", nargs="?", help="the same, or statistics")
     parser.add_argument("--metrics", help=f"of {','.join(METRICS)} [all there are]")
-    parser.add_argument("--crop", type=tok.whole_number(1), help="cut folders' pictures to this")
+    parser.add_argument("--crop", type=tok.whole_number(1, 4096), help="cut folders' pictures so")
     parser.add_argument("--weights", help="Inception's, if not to be downloaded")
     parser.add_argument("--json", type=Path, help="file to write the scores to")
     parser.add_argument("--save-stats", type=Path, help=".npz to write the samples' statistics to")
-    parser.add_argument("--batch", type=tok.whole_number(1), help="pictures at once [16; GPU: 64]")
+    parser.add_argument("--batch", type=tok.whole_number(1, 10**5), help="at once [16; GPU: 64]")
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
     return parser.run(argv)
 

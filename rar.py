@@ -49,16 +49,16 @@ class Config:
     data: str = knob("shapes", "shapes, drawn on the spot; a folder of class folders; or a .jsonl")
     num_classes: int = 1000
     class_names: tuple = ()
-    image_size: int = knob(256, "pixels a side", 1)
+    image_size: int = knob(256, "pixels a side", 1, 4096)
     crops: str = knob("ten", "of a photograph: ten, flip or center")
     tokenizer: str = knob("patch", "patch, fitted to the data; released, fetched; or a file")
     grid_size: int = knob(16, "cells a side: a picture is T = grid_size^2 tokens", 1, 64)
     codebook_size: int = knob(1024, "V, the number of different tokens", 1, 65536)
     # The network
-    width: int = knob(768, "D, channels of a token", 1)
-    depth: int = knob(24, "transformer blocks", 1)
-    heads: int = knob(16, "attention heads, which share the width", 1)
-    mlp_width: int = knob(3072, "hidden channels of each block's MLP", 1)
+    width: int = knob(768, "D, channels of a token", 1, 2**14)
+    depth: int = knob(24, "transformer blocks", 1, 2**10)
+    heads: int = knob(16, "attention heads, which share the width", 1, 2**10)
+    mlp_width: int = knob(3072, "hidden channels of each block's MLP", 1, 2**16)
     dropout: float = knob(0.1, "against overfitting in 400 epochs; a short run needs none", 0, 0.99)
     init: str = knob("", "weights file to start from in place of random weights")
     # The method
@@ -69,9 +69,10 @@ class Config:
     target_aware: bool = knob(True, "tell each token which cell is next; for the ablation")
     label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
     # The optimisation
-    steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1)
-    batch: int = knob(2048, "samples of an update, over all processes", 1)
-    micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1)
+    steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1, 1e9)
+    batch: int = knob(2048, "samples of an update, over all processes", 1, 1e6)
+    micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1,
+                            1e6)
     recompute: bool = knob(False, "compute activations twice instead of keeping them in memory")
     lr: float = knob(4e-4, "AdamW's learning rate after the warm-up", 0, 1)
     min_lr: float = knob(1e-5, "learning rate at the end of its cosine", 0, 1)
@@ -80,9 +81,11 @@ class Config:
     betas: tuple = knob((0.9, 0.96), "AdamW's averaging of gradients and their squares", 0, 0.9999)
     clip: float = knob(1.0, "the norm to which a larger gradient is shortened", 1e-6)
     seed: int = knob(0, "of all randomness: weights, batches, orders, pictures", 0, 2**63 - 1)
-    log_every: int = knob(100, "updates between two lines of the log", 1)
-    save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
-    keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two", 0)
+    log_every: int = knob(100, "updates between two lines of the log", 1, 1e9)
+    save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1,
+                          1e9)
+    keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two", 0,
+                          1e9)
     # Sampling
     scale: float = knob(16.0, "guidance at the end of a picture; 0 is no guidance", 0, 1e6)
     power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout", 0)
@@ -598,7 +601,8 @@ def main(argv=None):
                             (*SAMPLING, "micro_batch"))
     sample.set_defaults(seed=1, micro_batch=64)  # seed 0 would draw the previews again
     sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
-    sample.add_argument("--count", type=tok.whole_number(1), help="pictures [5 of each class]")
+    sample.add_argument("--count", type=tok.whole_number(1, 10**7),
+                        help="pictures [5 of each class]")
     sample.add_argument("--out", help="a .png for a grid, an .npz, or a folder with a / at its end "
                         "for a PNG each [a new grid in the folder of the run]")
     sample.add_argument("--gif", action="store_true", help="animate how the tokens arrive, too")

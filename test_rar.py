@@ -5,15 +5,21 @@ The expected figures are the authors' implementation's, on weights that anyone c
 full as well.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1706,3 +1712,324 @@ def test_mistakes_with_fid(cheap, capsys, arguments, named):
     before = sorted(os.listdir())
     assert named in refused(arguments, capsys, main=fid.main)
     assert sorted(os.listdir()) == before
+
+
+# ---- Nothing lost --------------------------------------------------------------------------------
+# RAR_KILLS=100 and RAR_FUZZ=600 (seconds) make long versions of the first and the last of these.
+
+
+KILLED = """
+import os, random, signal, sys, threading, time
+import rar, tokenizer as tok
+tok.SHAPES_TRAIN, tok.SHAPES_HELD_OUT, tok.BLOCK_SECONDS = 100, 20, 0
+number, delay, rank = signal.Signals[sys.argv.pop(1)], float(sys.argv.pop(1)), int(sys.argv.pop(1))
+def kill():
+    time.sleep(delay)
+    os.kill(os.getpid(), number)
+if tok.RANK == rank:
+    threading.Thread(target=kill, daemon=True).start()
+sys.exit((tok if "encode" in sys.argv else rar).main())
+"""
+
+
+def same_tree(one, two):
+    """Compare what two runs, or two files, hold; log lines but for the times in them."""
+    if one.is_file():
+        return one.read_bytes() == two.read_bytes()
+    files = {path.name for path in one.iterdir()}
+    assert files == {path.name for path in two.iterdir()}
+    return log_of(one) == log_of(two) and all(
+        (one / name).read_bytes() == (two / name).read_bytes()
+        for name in files - {"log.jsonl", "config.json"})
+
+
+def test_kills(photographs):
+    """The real commands, killed at random moments and started again, give what an undisturbed run
+    gives, to the byte."""
+    kills, rng = int(os.environ.get("RAR_KILLS", 3)), random.Random(0)
+    train = [*TRAIN, "--save-every", "1", "--keep-every", "1", "--micro-batch", "8", "--out"]
+    sample = ["sample", "--weights", "train", "--count", "40", "--micro-batch", "4", "--out"]
+    encode = ["encode", "photos", "--tokenizer", "train", "--crops", "flip", "--out"]
+    commands = {("train", 1): [train, "train"], ("sample", 1): [sample, "x.npz"],
+                ("encode", 1): [encode, "x.npy"], ("train", 2): [train, "train2"],
+                ("sample", 2): [sample, "y.npz"]}
+    Path("killed.py").write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": str(Path(rar.__file__).parent),
+                                "OMP_NUM_THREADS": "1"}
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for arguments, out in list(commands.values())[:3]:
+        assert (tok if arguments is encode else rar).main([*arguments, out]) == 0
+    counts = {}
+    for k in range(kills):
+        name, processes = list(commands)[k % (3 if kills < 10 else 5)]
+        arguments, whole = commands[name, processes]
+        whole = {"train2": "train", "y.npz": "x.npz"}.get(whole, whole)
+        out = Path(f"{k}" + Path(whole).suffix)
+        launch = [sys.executable, "killed.py"]
+        if processes == 2:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                      "--nproc_per_node=2", "killed.py"]
+        for again in range(rng.randint(1, 2) if kills >= 10 else 1):
+            number = ["SIGKILL", "SIGTERM", "SIGKILL", "SIGINT"][k % 4]
+            delay = rng.uniform(0, {"train": 1.2, "sample": 0.6, "encode": 0.8}[name] * processes)
+            result = subprocess.run([*launch, number, str(delay), str(rng.randrange(processes)),
+                                     *arguments, out], capture_output=True, text=True, timeout=120,
+                                    env=environment)
+            counts[name, processes, number] = counts.get((name, processes, number), 0) + 1
+            assert "Traceback" not in result.stderr or processes == 2, result.stderr
+        assert (tok if name == "encode" else rar).main([*arguments, str(out)]) == 0
+        if processes == 1:
+            assert same_tree(Path(whole), out), (k, counts)
+        elif name == "train":  # sums over processes are rounded otherwise
+            one, two = (tok.read_tensors(Path(run, "weights.pt")) for run in (whole, out))
+            assert all(torch.allclose(one[n], two[n], atol=1e-5) for n in one)
+        else:
+            one, two = (np.load(name)["arr_0"] for name in (whole, out))
+            assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.05
+    torch.set_num_threads(torch_threads)
+    print(sum(counts.values()), "kills:", counts)
+
+
+def at_step(monkeypatch, number, do):
+    """Have the next training do something before update `number`."""
+    step_of = rar.train_step
+
+    def train_step(network, optimizer, config, batch, step, autocast):
+        if step + 1 == number:
+            do()
+        return step_of(network, optimizer, config, batch, step, autocast)
+
+    monkeypatch.setattr(rar, "train_step", train_step)
+
+
+def test_full_disk(workplace, monkeypatch, capsys):
+    """Files may not grow beyond 30 kB from update 4 on: the checkpoint before that stays, and with
+    room again the run ends as if nothing had been."""
+    train = [*TRAIN, "--save-every", "2", "--out"]
+    assert rar.main([*train, "whole"]) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1])))
+        try:
+            error = refused([*train, "parts"], capsys, last_line=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot write" in error and "File too large" in error
+    assert not list(Path("parts").glob("*.part"))
+    assert tok.read_tensors("parts/checkpoint-0000003.pt")["updates"] == 3
+    assert rar.main([*train, "parts"]) == 0
+    assert same_tree(Path("whole"), Path("parts"))
+
+
+def test_run_that_is_removed_midway(workplace, monkeypatch, capsys):
+    at_step(monkeypatch, 5, lambda: shutil.rmtree("runs/shapes-tiny"))
+    assert "has been removed" in refused(TRAIN, capsys, last_line=True)
+    assert not Path("runs/shapes-tiny").exists()
+
+
+def test_missing_permission(workplace, monkeypatch, capsys):
+    assert rar.main([*TRAIN, "--steps", "4"]) == 0
+    shutil.copytree("runs/shapes-tiny", "whole")
+    workplace.chmod(0o755)
+    for folder in (*workplace.parents, workplace):
+        if folder.stat().st_uid == 0 and len(folder.parts) > 2:
+            folder.chmod(0o755)
+    Path("runs/shapes-tiny").chmod(0o555)
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)  # root may write everywhere
+    try:
+        for command in ([*TRAIN, "--steps", "4", "--log-every", "2"], ["sample"]):
+            assert "can" in refused(command, capsys, last_line=True)
+    finally:
+        os.seteuid(user)
+        Path("runs/shapes-tiny").chmod(0o755)
+    Path("runs/shapes-tiny/.lock").unlink()
+    assert all(same_tree(path, Path("runs/shapes-tiny", path.name))
+               for path in Path("whole").glob("*.pt"))
+
+
+def damaged(good, rng):
+    """What may become of a file: 20 times cut short, 20 times with a byte changed."""
+    for length in [0, 1, len(good) - 1, *(rng.randrange(len(good)) for _ in range(17))]:
+        yield good[:length]
+    for _ in range(20):
+        place = rng.randrange(len(good))
+        yield good[:place] + bytes([good[place] ^ rng.randrange(1, 256)]) + good[place + 1:]
+
+
+def flat(value):
+    """A value as bytes, to compare: tensors, arrays, and containers of them."""
+    if isinstance(value, dict):
+        return b"".join(str(key).encode() + flat(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return b"".join(flat(part) for part in value)
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return np.ascontiguousarray(value).tobytes()
+    return repr(value).encode()
+
+
+def read_npz(path):
+    side = fid.open_side(path, None)
+    return list(side.batches(4)) if side.batches else side.moments
+
+
+READERS = {  # file: how it is read, and whether a change can go unnoticed
+    "weights.pt": (lambda path: tok.read_weights(path)[0], False),
+    "checkpoint-0000006.pt": (tok.read_tensors, False),
+    "tokenizer.pt": (lambda path: tok.load(path).state_dict(), False),
+    "config.json": (lambda path: tok.read_config(path.parent, Config()), True),
+    "tokens.npy": (tok.open_tokens, False),
+    "tokens.json": (lambda path: tok.open_tokens(path.with_suffix(".npy")), True),
+    "tokens.jsonl": (lambda path: tok.import_jsonl(path, path.with_name("imported.npy")), True),
+    "samples.npz": (read_npz, False),
+    "stats.npz": (read_npz, False),
+    "plain.npy": (read_npz, True),
+    "a.png": (lambda path: tok.read_picture(path, "center", 32), True),
+    "a.jpg": (lambda path: tok.read_picture(path, "center", 32), True),
+}
+
+
+def test_damaged_files(trained, workplace):
+    """Each file that is read, damaged in 40 ways: refused in one line that names it, or without
+    effect, or one that carries no checksum: a digit of a text, a raw array, pixels that decode."""
+    rng, folder = random.Random(1), workplace / "runs/shapes-tiny"
+    paint(folder / "a.png")
+    paint(folder / "a.jpg")
+    assert rar.main([*NPZ[:1], "--count", "9", "--out", str(folder / "samples.npz")]) == 0
+    np.save(folder / "plain.npy", np.load(folder / "samples.npz")["arr_0"])
+    sizes = {"mu": 2048, "mu_s": 2023}
+    np.savez(folder / "stats.npz", **{n: np.random.rand(w) for n, w in sizes.items()},
+             **{n.replace("mu", "sigma"): np.eye(w) for n, w in sizes.items()})
+    lines = [json.dumps({"class_id": i, "tokens": [i] * 16}) + "\n" for i in range(30)]
+    (folder / "tokens.jsonl").write_text("".join(lines))
+    writer = tok.TokenWriter(folder / "tokens.npy", {}, 17)
+    for i in range(3):
+        writer.block(np.arange(170).reshape(10, 17) + i, 10 * i + 10)
+    writer.finish()
+    unnoticed = {}
+    for name, (read, may_pass) in READERS.items():
+        path = folder / name
+        good = path.read_bytes()
+        right = flat(read(path))
+        for bad in damaged(good, rng):
+            path.write_bytes(bad)
+            for made in folder.glob("imported.*"):
+                made.unlink()
+            try:
+                value = read(path)
+            except tok.UserError as error:
+                assert str(folder) in str(error) and "\n" not in str(error)
+                continue
+            if not (value is None or name[:2] == "a." and isinstance(value, str)):
+                unnoticed[name] = unnoticed.get(name, 0) + (flat(value) != right)
+        path.write_bytes(good)
+    print("damage without notice, of 40:", unnoticed)
+    assert not any(count for name, count in unnoticed.items() if not READERS[name][1]), unnoticed
+
+
+def test_hostile_files(workplace, capsys):
+    with tok.zipfile.ZipFile("outside.pt", "w") as archive:
+        archive.writestr("../evil", b"x")
+    with tok.zipfile.ZipFile("bomb.pt", "w", tok.zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    Path("deep.json").write_text("[" * 100_000)
+    Path("deep.jsonl").write_text('{"tokens": ' + "[" * 100_000 + "\n")
+    np.savez("objects.npz", arr_0=np.array([{}, {}], dtype=object))
+    for path, read in (("outside.pt", tok.read_tensors), ("bomb.pt", tok.read_tensors),
+                       ("deep.json", tok.read_json), ("objects.npz", read_npz),
+                       ("deep.jsonl", lambda path: tok.import_jsonl(path, Path("x.npy")))):
+        with pytest.raises(tok.UserError, match=path):
+            read(path)
+    assert not Path("../evil").exists()
+
+
+def test_extreme_numbers(model):
+    """Guidance of a million, temperatures near 0, logits that are far apart: always a token that
+    can be drawn, and the likeliest one as the temperature falls."""
+    uniforms = torch.rand(64)
+    for logits in (torch.randn(64, 9) * 1e6, torch.randn(64, 9) * 1e-6, torch.zeros(64, 9)):
+        for temperature in (0, 1e-320, 1e-30, 1e-3, 1, 1e30, 1e308):
+            token = rar.draw(logits, temperature, uniforms)
+            assert ((token >= 0) & (token < 9)).all()
+            if temperature <= 1e-30:
+                assert (logits.gather(1, token[:, None])[:, 0] == logits.amax(1)).all()
+    impossible = torch.tensor([[-math.inf, 0.0, -1e30]])
+    assert rar.draw(impossible, 1, torch.tensor([0.999])).item() == 1
+    for scale in (1e6, 1e-6):
+        for f in (generate, rar.generate_fast):
+            tokens = f(model, LABELS, scale, 1.0, 1.0)
+            assert ((tokens >= 0) & (tokens < 32)).all()
+
+
+@pytest.mark.parametrize("grid_size", [1, 2, 32, 48])
+def test_grids(grid_size):
+    config = dataclasses.replace(TINY, grid_size=grid_size, width=8, depth=1, heads=1, mlp_width=8,
+                                 num_classes=1, codebook_size=2)
+    model, T = RAR(config).eval(), grid_size**2
+    tokens = rar.generate_fast(model, torch.tensor([0]), 2.0, 1.0, 1.0)
+    assert tokens.shape == (1, T) and tokens.max() < 2
+    loss, _ = rar.training_loss(model, tokens, torch.tensor([1]), sample_orders(1, T, 1))
+    assert loss.isfinite()
+    for name in ("raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate"):
+        assert (scan_order(name, grid_size).sort().values == torch.arange(T)).all()
+
+
+EDGES = ["0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", str(2**31),
+         str(2**63), "-" * 3, "", " ", "x", "\u00e9\U0001f980", "x" * 300, ".", "runs",
+         "runs/shapes-tiny", "rubbish", "photos", "1,2,3,4", "0,0,16,32", "0,0,9" + "9" * 20 + ",1",
+         "heart", "raster"]
+
+
+def test_fuzz(trained, photographs, capsys, monkeypatch):
+    """Every flag of every command at edge values, and every reader on random bytes: an exit code of
+    0 or 2 with one line, never a traceback."""
+    seconds, rng = float(os.environ.get("RAR_FUZZ", 5)), random.Random(0)
+    model = Path("runs/shapes-tiny/weights.pt").read_bytes()
+    parsers = {}
+    for module in (rar, tok):
+        with monkeypatch.context() as patch:
+            patch.setattr(tok.Parser, "run", lambda parser, argv: parser)
+            parsers |= {name: (module, command) for name, command in
+                        module.main([]).commands.choices.items()}
+    flags = {name: [action for action in parser._actions if action.option_strings and
+                    action.dest != "help"] for name, (_, parser) in parsers.items()}
+    flags["fid"] = [argparse.Namespace(option_strings=[flag], nargs=None) for flag in
+                    ("--metrics", "--crop", "--weights", "--json", "--save-stats", "--batch")]
+    begin, runs, codes = time.monotonic(), 0, {}
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", "torch")
+    while time.monotonic() - begin < seconds * 0.7:
+        name = rng.choice(list(flags))
+        arguments = {"train": [*TRAIN, "--steps", "1", "--out", f"fuzz/{runs % 5}"],
+                     "sample": ["sample", "--count", "2"], "eval": ["eval"],
+                     "encode": ["encode", rng.choice(EDGES)],
+                     "reconstruct": ["reconstruct", rng.choice(EDGES)],
+                     "fid": [rng.choice(EDGES), rng.choice(EDGES)]}[name]
+        for action in rng.sample(flags[name], rng.randint(1, 2)):
+            count = action.nargs if isinstance(action.nargs, int) else 1
+            arguments = [*arguments, action.option_strings[0],
+                         *(rng.choice(EDGES) for _ in range(count))]
+        main = {"fid": fid.main}.get(name) or parsers[name][0].main
+        capsys.readouterr()
+        code = main(arguments)
+        error = capsys.readouterr().err
+        assert code in (0, 2), arguments
+        assert code == 0 or error.endswith("\n") and "error: " in error.splitlines()[-1], arguments
+        codes[name, code] = codes.get((name, code), 0) + 1
+        runs += 1
+        if not Path("runs/shapes-tiny/weights.pt").exists():
+            Path("runs/shapes-tiny/weights.pt").write_bytes(model)
+    folder, reads = Path("rubbish"), 0
+    folder.mkdir(exist_ok=True)
+    starts = [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"{", b"\x80\x02", b"\x89PNG\r\n\x1a\n",
+              b"\xff\xd8\xff\xe0", b"GIF89a"]
+    while time.monotonic() - begin < seconds:
+        for name, (read, _) in READERS.items():
+            path = folder / name
+            path.write_bytes(rng.choice(starts) + rng.randbytes(rng.randrange(300)))
+            with contextlib.suppress(tok.UserError):
+                read(path)
+            path.unlink()
+            reads += 1
+    print(f"{runs} commands {codes}, {reads} files of random bytes")

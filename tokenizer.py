@@ -75,7 +75,7 @@ def check_knobs(config):
             if not isinstance(number, (int, float) if kind is float else kind):
                 raise UserError(f"{flag(field)} must be {kind.__name__}, not {number}")
             if kind is not str and not (low <= number <= high and number < math.inf):
-                limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                limits = f"at least {low}" if high == math.inf else f"from {low} to {high:,}"
                 raise UserError(f"{flag(field)} must be {limits}, not {number}")
 
 class Parser(argparse.ArgumentParser):
@@ -150,18 +150,18 @@ def failed(message, code):
     print(message, file=sys.stderr)
     return code
 
-def whole_number(low):
-    """A type for argparse: an integer from `low` up to what a seed can be."""
+def whole_number(low, high=2**31):
+    """A type for argparse: an integer from low to high."""
     def number(text):
-        if not low <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return int(text)
     return number
 
 def rectangle(text):
     """A type for argparse: x0,y0,x1,y1."""
     numbers = tuple(int(number) for number in text.split(","))
-    if len(numbers) != 4:
+    if len(numbers) != 4 or not all(0 <= number < 2**16 for number in numbers):
         raise argparse.ArgumentTypeError(f"must be four numbers x0,y0,x1,y1, not {text}")
     return numbers
 
@@ -1139,7 +1139,7 @@ def open_tokens(path, description=None):
             first += count
         if first != len(rows):
             raise ValueError("it is not as long as it was")
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OSError) as error:
         raise UserError(f"{path}: {error}; remove it, and it is made again") from error
     return rows
 
