@@ -8,17 +8,19 @@ to 0, so the model ends as a raster-order generator that has learned context fro
     python rar.py sample     a new picture from the newest run
     python rar.py eval       held-out bits per token, in the final and in random order
 
-After the same tokens one order goes on here, another there, so the model must be told which cell is
-next. A second position embedding does that, the target-aware one. The sequence of a picture of 2x2
-cells [[0, 1], [2, 3]] in the order o = [2, 0, 3, 1]:
+A slot is a place in the sequence, a cell one in the picture. After the same tokens any remaining
+cell may be next, so each slot is told which: a second position embedding, the target-aware one. The
+sequence of a picture of 2x2 cells [[0, 1], [2, 3]] in the order o = [2, 0, 3, 1]:
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (cls is learned)
     row of pos_embed              0        1       2 + 2    2 + 0    2 + 3   (2 + its cell)
     row of target_aware_...       -       2 + 2    2 + 0    2 + 3    2 + 1   (2 + the next cell)
-    predicts                      -       x_2      x_0      x_3      x_1
+    row of timesteps_...          0        1        2        3        4      (the slot)
+    predicts                      -       x_2      x_0      x_3      x_1     (never read: the last)
 
-Besides, adaLN shifts, scales and gates each layer by the class and the slot (not by the cell).
+The class enters twice: in slot 1, and in every slot's adaLN (adaptive LayerNorm), which shifts,
+scales and gates each layer by the class and the slot.
 """
 
 import contextlib
@@ -44,7 +46,8 @@ from tokenizer import UserError, knob
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run depends on. The defaults are RAR-B's in the paper (Tables 1, 4 and 6)."""
+    """All that a run depends on. A knob(default, reason, least, most) is a flag of the same name.
+    The defaults of the network and its training are RAR-B's in the paper (Tables 1, 4 and 6)."""
     # The data, from which num_classes and class_names follow
     data: str = knob("shapes", "shapes, drawn on the spot; a folder of class folders; or a .jsonl")
     num_classes: int = 1000
@@ -87,7 +90,7 @@ class Config:
     keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two", 0,
                           1e9)
     # Sampling
-    scale: float = knob(16.0, "guidance at the end of a picture; 0 is no guidance", 0, 1e6)
+    scale: float = knob(16.0, "guidance at the end of a picture; 0 is none, as is 1", 0, 1e6)
     power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout", 0)
     temperature: float = knob(1.0, "of the softmax; 0 takes the likeliest token", 0)
 
@@ -160,7 +163,7 @@ def scan_order(name, grid_size):
 
 # ---- The model: a causal transformer with adaLN; its parameters are named as released ------------
 
-def modulate(x, shift, scale):
+def modulate(x, shift, scale):  # all (B, S, D)
     return x * (1 + scale) + shift
 
 class Attention(nn.Module):
@@ -182,6 +185,7 @@ class Attention(nn.Module):
             cache[0, :, :, start:start + S], cache[1, :, :, start:start + S] = k, v
             k, v = cache[:, :, :, :start + S]                         # 2 x (B, H, start + S, D/H)
         # A slot sees itself and those before it. After a cache comes one slot alone: it sees all.
+        assert start == 0 or S == 1
         x = F.scaled_dot_product_attention(
             q, k, v, is_causal=start == 0, dropout_p=self.drop.p if self.training else 0.0)
         return self.drop(self.proj(x.transpose(1, 2).reshape(B, S, D)))
@@ -199,7 +203,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def forward(self, x, modulation, start, cache):
-        """x (B, S, D); modulation (B, S, 6D) is self.adaLN_modulation(condition)."""
+        """x (B, S, D); modulation (B, S, 6D) is self.adaLN_modulation(condition), which the caller
+        computes, because `tabled_slots` does so for many slots at once."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), start, cache)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -245,24 +250,25 @@ class RAR(nn.Module):
         predicts x_o[i], cls nothing. prefix (B, n) holds these tokens, in slot order. cache (see
         empty_cache) keeps keys and values; if start > 0, it has those of the slots before."""
         B, stop = len(prefix), prefix.shape[1] + 2
-        class_id = self.config.codebook_size + 1 + labels                   # (B,)
-        held = torch.cat([class_id[:, None], prefix], dim=1)                # (B, n + 1), slot 1..
-        # place[:, s] is the place of what slot s holds: 0 cls, 1 class, 2 + p the token of cell p.
-        # What a slot has to predict is what the next one holds, so its target is place[:, s + 1].
-        place = torch.cat([torch.arange(2, device=orders.device).expand(B, 2), 2 + orders], dim=1)
-        first = max(start, 1)
-        x = self.embeddings(held[:, first - 1:])                            # (B, S, D) without cls
+        class_id = self.config.codebook_size + 1 + labels                      # (B,)
+        held = self.embeddings(torch.cat([class_id[:, None], prefix], dim=1))  # (B, stop - 1, D)
+        x = torch.cat([self.cls_token.expand(B, 1, -1), held], dim=1)          # (B, stop, D)
+        # The row of slot s in the position tables: 0 cls, 1 class, 2 + p the token of cell p. What
+        # a slot has to predict is what the next one holds, so its target is row[:, s + 1].
+        row = torch.arange(2, device=orders.device).expand(B, 2)
+        row = torch.cat([row, 2 + orders], dim=1)                              # (B, T + 2)
         if self.config.target_aware:
-            x = x + F.embedding(place[:, first + 1:stop + 1], self.target_aware_pos_embed[0])
-        if start == 0:
-            x = torch.cat([self.cls_token.expand(B, 1, -1), x], dim=1)      # cls has no target
-        x = x + F.embedding(place[:, start:stop], self.pos_embed[0])        # (B, S, D)
+            target = F.embedding(row[:, 2:stop + 1], self.target_aware_pos_embed[0])
+            x = x + F.pad(target, (0, 0, 1, 0))                                # cls has no target
+        x = x + F.embedding(row[:, :stop], self.pos_embed[0])
+        x = x[:, start:]                                                       # (B, S, D)
         # Trap: timesteps count slots, 0 for cls; they are not cells.
         condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
         for i, block in enumerate(self.blocks):
             def run(x, condition, block=block, cache=None if cache is None else cache[i]):
                 return block(x, block.adaLN_modulation(condition), start, cache)
 
+            # the defaults above bind this turn's block, for `checkpoint` calls run again later
             if self.config.recompute and self.training:
                 x = checkpoint(run, x, condition, use_reentrant=False)
             else:
@@ -302,67 +308,82 @@ def guidance_weight(step, steps, scale, power):
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
-    """Draw from softmaxes: logits (B, V), uniforms (B,) in [0, 1) -> (B,), the first token whose
-    cumulative probability exceeds the uniform. That is scaled by the total, 1 but for rounding, so
-    that there always is such a token and its probability is not 0."""
+    """Draw from softmaxes by inverting their cumulative sums: logits (B, V), uniforms (B,) in
+    [0, 1) -> (B,), the first token whose cumulative probability exceeds the uniform. Not
+    torch.multinomial: the uniform belongs to its image, so no batch can change a picture. It is
+    scaled by the total, 1 but for rounding, so that there always is such a token, of probability
+    above 0."""
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)  # (B, V)
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
+def all_slots(model, labels, orders):
+    """A function from the tokens drawn so far (B, t), in slot order, to the logits (B, V) of the
+    next: all slots again for every token. Slow, obvious, and the test of the other two."""
+    return lambda drawn: model.run_slots(drawn, labels, orders)[:, -1]
+
+def newest_slot(model, labels, orders):
+    """The same with a cache: slot t + 1, which holds the newest token and predicts the next, is the
+    only one that runs. At first these are slots 0 and 1."""
+    memory = model.empty_cache(len(labels))
+
+    def next_logits(drawn):
+        t = drawn.shape[1]
+        return model.run_slots(drawn, labels, orders, t + 1 if t else 0, memory)[:, -1]
+    return next_logits
+
+predictor = newest_slot  # until the end of this file, which has a faster one
+
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None,
-             cache=True):
+             predict=None):
     """Tokens (B, T), in cell order, drawn one after the other.
     labels (B,); scale 0 turns guidance off. uniforms (B, T) decide the draws slot by slot; by
     default they are random. orders (B, T) or (T,): the cell that comes i-th; by default raster.
-    known (B, T) holds given tokens or -1; given cells stand first in their order.
-    cache=False runs all slots again for every token: slow, obvious, the test of the cache."""
+    known (B, T), in cell order, holds given tokens or -1; given cells stand first in their order.
+    predict is all_slots, newest_slot or tabled_slots, by default the fastest."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
-    known = torch.full((B, T), -1, device=device) if known is None else known
-    given = known.gather(1, orders)                                 # (B, T), in slot order
+    given = torch.full_like(orders, -1) if known is None else known.gather(1, orders)  # slot order
     if ((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any():
         raise ValueError("the cells that `known` gives must stand first in `orders`")
-    n = 2 if scale else 1  # with guidance every image is there twice, the second without its class
-    both_labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])[:n * B]
-    both_orders = orders.repeat(n, 1)                               # (nB, T)
-    memory = model.empty_cache(n * B) if cache else None
-    drawn = torch.empty(B, 0, dtype=torch.long, device=device)      # (B, t), in slot order
+    if scale:  # every image is there twice, the second time without its class
+        labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
+    n = len(labels) // B
+    next_logits = (predict or predictor)(model, labels, orders.repeat(n, 1))
+    drawn = torch.empty(B, 0, dtype=torch.long, device=device)          # (B, t), in slot order
     for t in range(T):
-        start = t + 1 if cache and t > 0 else 0  # slot t + 1, which predicts token t, alone is new
-        logits = model.run_slots(drawn.repeat(n, 1), both_labels, both_orders, start, memory)[:, -1]
-        if scale:                                                   # (nB, V)
+        logits = next_logits(drawn.repeat(n, 1))                        # (nB, V)
+        if scale:
             conditional, unconditional = logits.chunk(2)
             weight = guidance_weight(t, T, scale, power)
             logits = unconditional + weight * (conditional - unconditional)
         token = draw(logits, temperature, uniforms[:, t])
         token = torch.where(given[:, t] >= 0, given[:, t], token)
         drawn = torch.cat([drawn, token[:, None]], dim=1)
-    return torch.empty_like(drawn).scatter_(1, orders, drawn)       # cell order again
-
-sampler = generate  # until the end of this file, which has a faster one
+    return torch.empty_like(drawn).scatter_(1, orders, drawn)           # cell order again
 
 def image_uniforms(seed, numbers, length):
-    """Uniforms (B, length), a function of (seed, image number) alone, and the first of them not of
-    the length: no batch can change image i."""
+    """Uniforms (B, length), a function of (seed, image number) alone; the first of them are the
+    same whatever the length."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
 def image_orders(config, numbers):
     """Orders (B, T) of the images of these numbers: one scan for all, or "random", each its own."""
     T = config.grid_size**2
-    if config.order == "random":
-        return image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1)
+    if config.order == "random":  # by the second T uniforms: the first decide the draws
+        return image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1, stable=True)
     return scan_order(config.order, config.grid_size).expand(len(numbers), T)
 
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
-    """Yield image numbers (B,), the tokens (B, T) of these images and their orders (B, T), batch by
-    batch, until all `numbers`, by default all, are through. Image i is of class labels[i], by the
-    sampling settings of config; it depends on these, the weights, the seed and i alone. known (T,)
-    holds the tokens that all are given, or -1: the given cells then come first in their orders."""
+    """Yield, batch by batch, image numbers (B,), their tokens (B, T) and their orders (B, T), for
+    `numbers` or for all. Image i is of class labels[i], by the sampling settings of config; it
+    depends on these, the weights, the seed and i alone. known (T,) holds tokens that all images are
+    given, or -1: the given cells then come first in the orders."""
     numbers = torch.arange(len(labels)) if numbers is None else torch.tensor(numbers).long()
     device = model.cls_token.device
     with tqdm(total=len(numbers), desc="sampling", unit=" pictures", leave=False) as bar:
@@ -371,10 +392,11 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
             uniforms = image_uniforms(config.seed, part.tolist(), orders.shape[1])
             given = None
             if known is not None:
+                # known cells first, otherwise as they were
                 orders = orders.gather(1, (known[orders] < 0).int().argsort(dim=1, stable=True))
                 given = known.expand_as(orders).to(device)
             with autocast:
-                tokens = sampler(
+                tokens = generate(
                     model, labels[part].to(device), config.scale, config.power, config.temperature,
                     uniforms=uniforms.to(device), orders=orders.to(device), known=given)
             yield part, tokens, orders
@@ -391,7 +413,7 @@ def learning_rate(step, steps, warmup, peak, floor):
 
 def make_optimizer(model, config):
     """AdamW that decays what the authors' does. Trap: the rule is case-sensitive, so it exempts
-    adaln_before_head ("ln") and decays blocks.*.adaLN_modulation."""
+    adaln_before_head ("ln"), and decays blocks.*.adaLN_modulation, and cls_token too."""
     exempt = ("ln", "bias", "embedding", "norm", "embed")
     decayed, others = [], []
     for name, parameter in model.named_parameters():
@@ -403,15 +425,15 @@ def make_optimizer(model, config):
 
 @lru_cache(maxsize=2)
 def shuffled(count, seed, epoch):
-    return np.random.default_rng((seed, epoch, 1)).permutation(count)  # no step's key
+    return np.random.default_rng((seed, epoch, 1)).permutation(count)  # 1: not the key of a step
 
 def draw_batch(rows, config, step, rank=0, processes=1):
     """What process `rank` sees of update `step`, of rows (N, 1 + T): tokens (b, T), labels (b,),
     orders (b, T) and seeds of dropout (b,) of its share b = B / processes of the batch, and r.
 
     The one rule of randomness: everything random about an update is a function of (seed, step, row
-    of the global batch); dropout masks, of the first row that they are drawn for. No generator's
-    state outlives the update: a run resumes exactly, and processes can share a batch's rows."""
+    of the global batch); dropout masks, of the micro-batch's first row. No generator's state
+    outlives the update: a run resumes exactly, and processes can share a batch's rows."""
     epochs, index = np.divmod(step * config.batch + np.arange(config.batch), len(rows))
     for epoch in np.unique(epochs):  # every pass over the rows has its own permutation
         now = epochs == epoch
@@ -429,8 +451,9 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     return batch[:, 1:], labels, orders[mine], seeds[mine], r
 
 def train_step(network, optimizer, config, batch, step, autocast):
-    """One update, by what draw_batch gave to this process. network is the model, or wrapped for
-    several processes. Returns what the log says of it; nothing here waits for the device."""
+    """One update with the batch that draw_batch gave to this process. network is the model, wrapped
+    if there are several processes. Returns what the log says; nothing is read back from the device
+    here, which would make it idle."""
     tokens, labels, orders, seeds, r = batch
     device, means = next(network.parameters()).device, 0
     processes = config.batch // len(tokens)
@@ -439,9 +462,10 @@ def train_step(network, optimizer, config, batch, step, autocast):
         torch.manual_seed(int(seeds[part[0]]))  # of the dropout masks
         inputs = (x[part].to(device) for x in (tokens, labels, orders))
         share = len(part) / config.batch
-        # processes average their gradients once an update, with those of the last micro-batch
-        alone = processes > 1 and part is not parts[-1]
-        with network.no_sync() if alone else contextlib.nullcontext():
+        # Processes exchange gradients once an update, with the last micro-batch. DDP takes their
+        # average: times `processes` it is the sum, which the shares of the batch make a mean.
+        more_to_come = processes > 1 and part is not parts[-1]
+        with network.no_sync() if more_to_come else contextlib.nullcontext():
             with autocast:
                 loss, accuracy = training_loss(network, *inputs)
             (loss * share * processes).backward()
@@ -490,13 +514,13 @@ def train(config, run, device, autocast):
                                           find_unused_parameters=not config.target_aware)
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
     with ThreadPoolExecutor(1) as ahead:  # draws the next batch during an update
-        def draw(step):
+        def load(step):
             return ahead.submit(draw_batch, data.train, config, step, tok.RANK, tok.WORLD_SIZE)
 
-        drawn = draw(first)
-        images = len(data.train) / tok.CROP_COUNTS[config.crops]  # ten-crop rows are tenths of one
+        upcoming = load(first)
+        images = len(data.train) / tok.CROP_COUNTS[config.crops]  # ten rows, or two, are of one
         for step in run.updates(first, images):  # ends early on Ctrl-C
-            batch, drawn = run.wait_for(drawn), draw(step + 1)
+            batch, upcoming = run.wait_for(upcoming), load(step + 1)
             run.report(step, train_step(network.train(), optimizer, config, batch, step, autocast))
             if run.is_milestone(step) and tok.RANK == 0:
                 result = evaluate(model.eval(), data.held_out, config, autocast)
@@ -618,52 +642,38 @@ def main(argv=None):
         command.add_argument("--model", choices=tok.RELEASED_MODELS, help="for --pretrained")
     return parser.run(argv)
 
-# ---- The fast path: the same tokens, sooner. Without this section everything works as well -------
+# ---- The fast path: without this section everything works as well --------------------------------
 
 SLOTS = 32  # for which adaLN's outputs are held at a time
 
-@torch.no_grad()
-def generate_fast(model, labels, scale, power, temperature, *, uniforms=None, orders=None,
-                  known=None):
-    """As `generate`, but what does not depend on the tokens drawn is taken out of their loop: the
-    position embeddings, and adaLN, whose outputs follow from (class, slot) alone. That is a third
-    of a block's weights, which are now read once in SLOTS tokens, and for each class once."""
-    B, T, device = len(labels), model.config.grid_size**2, labels.device
-    orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
-    uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
-    given = torch.full_like(orders, -1) if known is None else known.gather(1, orders)
-    n = 2 if scale else 1
-    both_labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])[:n * B]
-    classes, row = both_labels.unique(return_inverse=True)                  # (C,), (nB,)
+def tabled_slots(model, labels, orders):
+    """As newest_slot, but what does not depend on the tokens drawn is looked up. The two position
+    embeddings become one table. adaLN's outputs follow from (class, slot) alone; they are computed
+    for SLOTS slots at once and for each class once. Those layers are a third of the weights, which
+    a step would otherwise read again for every token. Up to rounding the tokens are the same."""
+    classes, row = labels.unique(return_inverse=True)                       # (C,), (B,)
     class_embedding = model.embeddings(model.config.codebook_size + 1 + classes)[:, None]
     places = F.embedding(2 + orders[:, :-1], model.pos_embed[0])            # (B, T - 1, D)
     if model.config.target_aware:
         places = places + F.embedding(2 + orders[:, 1:], model.target_aware_pos_embed[0])
-    memory, drawn = model.empty_cache(n * B), []
-    for t in range(T):
-        if t == 0:  # slots 0 and 1, which hold no tokens
-            logits = model.run_slots(both_labels.new_empty(n * B, 0), both_labels,
-                                     orders.repeat(n, 1), 0, memory)[:, -1]
-        else:
-            k = (t - 1) % SLOTS
-            if k == 0:
-                condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + SLOTS]
-                tables = [layer.adaLN_modulation(condition)                 # (C, SLOTS, 6D)
-                          for layer in (*model.blocks, model.adaln_before_head)]
-            x = (model.embeddings(drawn[-1]) + places[:, t - 1]).repeat(n, 1)[:, None]
-            for block, table, cache in zip(model.blocks, tables, memory):
-                x = block(x, table[row, k, None], t + 1, cache)             # (nB, 1, D)
-            logits = model.head(x, tables[-1][row, k, None])[:, 0]          # (nB, V)
-        if scale:
-            conditional, unconditional = logits.chunk(2)
-            weight = guidance_weight(t, T, scale, power)
-            logits = unconditional + weight * (conditional - unconditional)
-        token = draw(logits, temperature, uniforms[:, t])
-        drawn.append(torch.where(given[:, t] >= 0, given[:, t], token))
-    drawn = torch.stack(drawn, dim=1)                                       # (B, T), in slot order
-    return torch.empty_like(drawn).scatter_(1, orders, drawn)
+    memory, tables = model.empty_cache(len(labels)), []
 
-sampler = generate_fast
+    def next_logits(drawn):
+        t = drawn.shape[1]
+        if t == 0:
+            return model.run_slots(drawn, labels, orders, 0, memory)[:, -1]
+        k = (t - 1) % SLOTS
+        if k == 0:
+            condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + SLOTS]
+            tables[:] = [layer.adaLN_modulation(condition)                  # (C, SLOTS, 6D or 2D)
+                         for layer in (*model.blocks, model.adaln_before_head)]
+        x = (model.embeddings(drawn[:, -1]) + places[:, t - 1])[:, None]    # (B, 1, D)
+        for block, table, cache in zip(model.blocks, tables, memory):
+            x = block(x, table[row, k, None], t + 1, cache)
+        return model.head(x, tables[-1][row, k, None])[:, 0]                # (B, V)
+    return next_logits
+
+predictor = tabled_slots
 
 if __name__ == "__main__":
     sys.exit(main())

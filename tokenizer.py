@@ -490,7 +490,8 @@ class Run:
     """The folder of a training run: config.json, tokenizer.pt, checkpoint-*.pt (all that is needed
     to go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
 
-    # What may change while a run goes on, since no weight follows from it but by rounding.
+    # What may change while a run goes on: weights follow from it by rounding alone, and dropout
+    # masks from micro_batch.
     free = ("micro_batch", "recompute", "log_every", "save_every", "keep_every", "scale", "power",
             "temperature")
 
