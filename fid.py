@@ -245,7 +245,6 @@ class Side:
 
 def open_side(path, crop):
     """The Side at a path. Raises UserError if there is nothing in it to score."""
-    path = Path(path)
     if path.is_dir():
         files = tok.pictures_in(path)
         side = Side(path, len(files), partial(tok.folder_batches, files, crop))
@@ -316,7 +315,7 @@ def measure(side, inception, batch, keep_features):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-# each with the statistics that it can be had from without pictures
+# each with the statistics that give it without pictures
 METRICS = {"fid": "pool", "sfid": "spatial", "is": "", "precision": "", "recall": ""}
 
 def obstacle(metric, samples, reference=None):
@@ -385,8 +384,8 @@ def main(argv=None):
     parser = tok.Parser(prog="fid.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.memory_flag, parser.interrupted = "--batch", "interrupted"
     parser.set_defaults(function=score_command, config=None, precision="float32")
-    parser.add_argument("samples", help="folder of pictures, .npz or .npy file")
-    parser.add_argument("reference", nargs="?", help="the same, or statistics")
+    parser.add_argument("samples", type=Path, help="folder of pictures, .npz or .npy file")
+    parser.add_argument("reference", type=Path, nargs="?", help="the same, or statistics")
     parser.add_argument("--metrics", help=f"of {','.join(METRICS)} [all there are]")
     parser.add_argument("--crop", type=tok.whole_number(1, 4096), help="cut folders' pictures so")
     parser.add_argument("--weights", help="Inception's, if not to be downloaded")

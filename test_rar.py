@@ -1862,7 +1862,7 @@ def flat(value):
 
 
 def read_npz(path):
-    side = fid.open_side(path, None)
+    side = fid.open_side(Path(path), None)
     return list(side.batches(4)) if side.batches else side.moments
 
 

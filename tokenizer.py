@@ -30,6 +30,7 @@ import socket
 import stat
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import warnings
@@ -831,13 +832,24 @@ class Chunks(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return [read_picture(file, self.crops, self.size) for file in self.chunks[i]]
 
+def die_with_parent(worker):
+    """DataLoader's workers outlive a killed parent for ever if they were about to send a result."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 def read_pictures(files, crops, size):
     """Yield what read_picture makes of each file, in order; worker processes do it."""
     # not torch.get_num_threads(), which is 1 under torchrun
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(-(-len(files) // 16), cores)
     loader = torch.utils.data.DataLoader(
-        Chunks(files, crops, size), batch_size=None, num_workers=workers, collate_fn=list)
+        Chunks(files, crops, size), batch_size=None, num_workers=workers, collate_fn=list,
+        worker_init_fn=die_with_parent)
     for chunk in loader:
         yield from chunk
 
