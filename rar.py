@@ -202,10 +202,11 @@ class Block(nn.Module):
             fc2=nn.Linear(config.mlp_width, config.width), drop2=nn.Dropout(config.dropout)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
-    def forward(self, x, modulation, start, cache):
-        """x (B, S, D); modulation (B, S, 6D) is self.adaLN_modulation(condition), which the caller
-        computes, because `tabled_slots` does so for many slots at once."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+    def forward(self, x, condition, start, cache, modulation=None):
+        """x (B, S, D) to the same, under condition (B, S, D); or under its modulation (B, S, 6D),
+        where that is known already (see tabled_slots)."""
+        modulation = self.adaLN_modulation(condition) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)  # each (B, S, D)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), start, cache)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -265,14 +266,11 @@ class RAR(nn.Module):
         # Trap: timesteps count slots, 0 for cls; they are not cells.
         condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
         for i, block in enumerate(self.blocks):
-            def run(x, condition, block=block, cache=None if cache is None else cache[i]):
-                return block(x, block.adaLN_modulation(condition), start, cache)
-
-            # the defaults above bind this turn's block, for `checkpoint` calls run again later
+            arguments = x, condition, start, None if cache is None else cache[i]
             if self.config.recompute and self.training:
-                x = checkpoint(run, x, condition, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = run(x, condition)
+                x = block(*arguments)
         return self.head(x, self.adaln_before_head.adaLN_modulation(condition))
 
     def head(self, x, modulation):
@@ -669,7 +667,7 @@ def tabled_slots(model, labels, orders):
                          for layer in (*model.blocks, model.adaln_before_head)]
         x = (model.embeddings(drawn[:, -1]) + places[:, t - 1])[:, None]    # (B, 1, D)
         for block, table, cache in zip(model.blocks, tables, memory):
-            x = block(x, table[row, k, None], t + 1, cache)
+            x = block(x, None, t + 1, cache, table[row, k, None])
         return model.head(x, tables[-1][row, k, None])[:, 0]                # (B, V)
     return next_logits
 
