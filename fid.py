@@ -261,7 +261,7 @@ def open_arrays(path):
     side, members = Side(path), ["arr_0.npy"]
     if path.suffix != ".npy":
         if not zipfile.is_zipfile(path):
-            raise ValueError("no .npz file, or only part of one, no .npy file and no folder")
+            raise ValueError("neither a whole .npz file, nor an .npy file, nor a folder")
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
             for kind, (mean, covariance, width) in KINDS.items():

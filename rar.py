@@ -565,7 +565,7 @@ def load_model(path, knobs, device):
 
 def sample_command(args, knobs, device, autocast):
     model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
-    classes = tok.class_numbers(args.classes, config)
+    classes = tok.class_numbers(args.classes, config, folder)
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
     tokenizer = tok.tokenizer_of(config, folder).to(device)

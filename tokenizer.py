@@ -523,8 +523,9 @@ class Run:
         for field in dataclasses.fields(saved):
             old, new = getattr(saved, field.name), getattr(self.config, field.name)
             if old != new and field.name not in self.free:
-                raise UserError(f"{self.folder} holds a run with {flag(field)} {old}, not {new}: "
-                                "name another folder with --out")
+                was = f"with {flag(field)} {old}" if old != "" else f"without {flag(field)}"
+                raise UserError(f"{self.folder} holds a run {was}, not {new}: name another folder "
+                                "with --out")
         for path in there.values():
             try:
                 state = read_tensors(path)
@@ -644,7 +645,7 @@ class Run:
             "images_per_second": len(self.lines) * batch / seconds,
             "waiting": self.waited / seconds, "passes": done * batch / self.images}
         self.bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}, "
-                                 "{images_per_second:,.0f} images/s".format(**self.line))
+                                 "{images_per_second:,.3g} images/s".format(**self.line))
         if not self.is_milestone(step) and (done % self.config.log_every == 0 or done == 1):
             self.log(step, self.line)
         self.start_clock()
@@ -762,6 +763,9 @@ LAYOUT = "expected DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/val/CLA
 def class_folders(folder):
     """The folders of the classes in a data folder, sorted: those of its train/, if it has one."""
     folder = Path(folder)
+    if folder.suffix == ".jsonl":
+        raise UserError(f"--data {folder}: there is no such token file; the authors' is "
+                        "maskgitvq.jsonl in yucornetto/RAR on Hugging Face")
     if not folder.is_dir():
         raise UserError(f"--data {folder}: there is no such folder or file; {LAYOUT}; "
                         "the built-in data is 'shapes'")
@@ -1112,7 +1116,7 @@ def class_names(data):
         return tuple(str(number) for number in range(1000))  # the authors' token file
     return tuple(folder.name for folder in class_folders(data))
 
-def class_numbers(texts, config):
+def class_numbers(texts, config, source):
     """The numbers of the classes that are named or numbered by `texts`; of all if None."""
     if texts is None:
         return list(range(config.num_classes))
@@ -1121,7 +1125,8 @@ def class_numbers(texts, config):
     for text in texts:
         if text not in names:
             there = f": {', '.join(config.class_names)}" if config.class_names else ""
-            raise UserError(f"--classes {text}: there are 0 to {config.num_classes - 1}{there}")
+            raise UserError(f"--classes {text}: the model of {source} knows 0 to "
+                            f"{config.num_classes - 1}{there}")
     return [names[text] for text in texts]
 
 def digest(*parts):
@@ -1557,8 +1562,9 @@ class Samples:
             last = 3 * size**2 * count if self.kind == ".npz" else 0
             need = 3 * size**2 * len(missing) + last
             check_room(self.store.parent, need, f"{path} meanwhile")
-            print(f"{path}: {len(missing):,} of {count:,} pictures to make, which takes up to "
-                  f"{need / 1e9:.2g} GB of disk" + f", {last / 1e9:.2g} GB in the end" * bool(last))
+            disk = f", up to {need / 1e9:.1f} GB of disk" if need > 1e8 else ""
+            disk += f", {last / 1e9:.1f} GB in the end" if disk and last else ""
+            print(f"{path}: {len(missing):,} of {count:,} pictures to make{disk}")
 
     def file(self, number):
         return self.store / f"{number:06}.png"
@@ -1618,7 +1624,10 @@ def find_tokenizer(path):
         if path is None:
             raise UserError(f"name a file with --tokenizer: {RELEASED}, or the folder of a run")
     path = Path(path)
-    return load(path / "tokenizer.pt" if path.is_dir() else path)
+    path = path / "tokenizer.pt" if path.is_dir() else path
+    tokenizer = load(path)
+    print(f"tokenizer {path}: {tokenizer.image_size} pixels, {tokenizer.grid_size**2} tokens")
+    return tokenizer
 
 def encode_command(args, knobs, device, autocast):
     tokenizer, path = find_tokenizer(args.tokenizer), Path(args.out)
