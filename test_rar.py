@@ -1650,7 +1650,7 @@ def spoil(path, name="arr_0.npy"):
     (["header.npy"], "header.npy"),
     (["spoilt.npz"], "spoilt.npz: Bad CRC-32"),
     (["spoilt-small.npz"], "spoilt-small.npz: Bad CRC-32"),
-    (["notes.txt"], "notes.txt: no .npz file"),
+    (["notes.txt"], "notes.txt: neither a whole .npz file"),
     (["pipe.npz"], "pipe.npz"),
     (["unreadable"], "unreadable/3.png"),
     (["good.npy", "missing"], "missing"),
