@@ -1814,6 +1814,25 @@ def test_full_disk(workplace, monkeypatch, capsys):
     assert same_tree(Path("whole"), Path("parts"))
 
 
+def test_memory_and_cuda_errors(workplace, monkeypatch, capsys):
+    """Out of memory names the flag to lower; what CUDA or NCCL report is shown as it is, also where
+    it comes up while a file is written."""
+    def fail(error):
+        raise error
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        at_step(monkeypatch, 2, lambda: fail(error))
+        assert "--micro-batch" in refused(TRAIN, capsys, last_line=True)
+    at_step(monkeypatch, 2, lambda: fail(RuntimeError("CUDA error: an illegal access")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        rar.main([*TRAIN, "--out", "a"])
+    at_step(monkeypatch, 2, lambda: monkeypatch.setattr(
+        torch, "save", lambda *_: fail(RuntimeError("CUDA error: an illegal access"))))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        rar.main([*TRAIN, "--out", "b"])
+
+
 def test_run_that_is_removed_midway(workplace, monkeypatch, capsys):
     at_step(monkeypatch, 5, lambda: shutil.rmtree("runs/shapes-tiny"))
     assert "has been removed" in refused(TRAIN, capsys, last_line=True)
