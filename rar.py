@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -612,6 +613,63 @@ def eval_command(args, knobs, device, autocast):
     result = evaluate(model, data.held_out, config, autocast)
     print(f"{folder}, {len(data.held_out):,} pictures: {tok.held_out_text(config, result)}")
 
+def timed(function, device):
+    """Seconds of a call, the median of three after one to warm up."""
+    seconds = []
+    for _ in tqdm(range(4), "timing", leave=False):
+        begin = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds[1:])[1]
+
+def bench_command(args, knobs, device, autocast):
+    c = dataclasses.replace(PRESETS[args.model], batch=args.batch, micro_batch=args.batch)
+    model, B, T, D = RAR(c).to(device), args.batch, c.grid_size**2, c.width
+    if (T, c.codebook_size) == (256, 1024):
+        tokenizer = tok.MaskGITVQGAN().to(device)
+    else:
+        tokenizer = tok.PatchTokenizer(c.grid_size, 4, c.codebook_size).to(device)
+    labels = torch.arange(B, device=device) % c.num_classes
+    tokens, optimizer = torch.randint(c.codebook_size, (B, T)), make_optimizer(model, c)
+    rows = torch.cat([labels.cpu()[:, None], tokens], 1).numpy().astype(np.uint16)
+    dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
+    n = 1024 if device.type == "cpu" else 8192
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    vector, copy = torch.zeros(2, 2**26, device=device)
+
+    def sample():
+        with autocast:
+            generate(model.eval(), labels, 4.0, 1.0, 1.0)
+
+    speed = 2 * n**3 / timed(lambda: matrix @ matrix, device)           # FLOP/s
+    copied = 2 * vector.nbytes / timed(lambda: copy.copy_(vector), device)  # bytes/s
+    sampling, pixels = timed(sample, device), timed(lambda: tokenizer.decode(tokens.to(device)),
+                                                    device)
+    training = timed(lambda: train_step(model.train(), optimizer, c, draw_batch(rows, c, 0), 0,
+                                        autocast), device)
+    # The least that a token can take: weights read or multiplied, and the cache so far read. adaLN
+    # has a row for each image and one for all that are without class.
+    adaln = (6 * c.depth + 2) * D**2
+    others = c.depth * (4 * D**2 + 2 * D * c.mlp_width) + D * c.codebook_size
+    cache = 2 * c.depth * D * (T / 2) * 2 * B * dtype.itemsize
+    bound = T * (max((adaln + others) * dtype.itemsize / copied,
+                     2 * (2 * B * others + (B + 1) * adaln) / speed) + cache / copied)
+    flops = 6 * B * (T + 1) * (adaln + others + c.depth * (T + 1) * D)  # attention is causal: half
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    result = {
+        "model": args.model, "images": B, "device": tok.device_name(device), "precision":
+        args.precision, "torch": torch.__version__, "sampling_tokens_per_second": B * T / sampling,
+        "sampling_images_per_second": B / sampling, "share_of_bound": bound / sampling,
+        "decoded_images_per_second": B / (sampling + pixels), "training_samples_per_second":
+        B / training, "training_utilisation": flops / training / speed, "measured_flop_per_second":
+        speed, "measured_bytes_per_second": copied, "peak_memory_gb": memory}
+    print(*(f"{name:28}{value:,.4g}" if isinstance(value, float) else f"{name:28}{value}"
+            for name, value in result.items()), sep="\n")
+    if args.json:
+        tok.write_json(args.json, result)
+
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
@@ -633,6 +691,12 @@ def main(argv=None):
                         help="pixels of the square that is cut from the picture's middle")
     evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
                                 Config, ("data", "order", "micro_batch"))
+    bench = parser.command("bench", bench_command, "time sampling and training on this machine",
+                           precision="bfloat16")
+    bench.add_argument("--model", choices=PRESETS, default="RAR-B", help="preset [RAR-B]")
+    bench.add_argument("--batch", type=tok.whole_number(1, 10**5), default=4,
+                       help="images at once [4]")
+    bench.add_argument("--json", help="file to write the figures to, too")
     for command in (sample, evaluation):
         command.add_argument("--weights", help="weights file or run folder [the newest run]")
         command.add_argument("--pretrained", action="store_true",

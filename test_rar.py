@@ -1216,6 +1216,17 @@ def test_draws_follow_the_softmax(model):
         assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
 
+def test_bench(workplace, capsys):
+    """Figures that hang together: nothing is faster than its bound by much, or takes no time."""
+    assert rar.main(["bench", "--model", "tiny", "--batch", "2", "--json", "b.json"]) == 0
+    result = json.loads(Path("b.json").read_text())
+    assert "training_utilisation" in capsys.readouterr().out
+    images = result["sampling_images_per_second"]
+    assert result["sampling_tokens_per_second"] == pytest.approx(64 * images)
+    assert 0 < result["decoded_images_per_second"] < images
+    assert 0 < result["share_of_bound"] < 2 and 0 < result["training_utilisation"] < 2
+
+
 # ---- Any order -----------------------------------------------------------------------------------
 
 

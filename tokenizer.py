@@ -175,6 +175,11 @@ def choose_device(name):
         raise UserError(f"--device {name}: this machine has no such device that torch can use")
     return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
 
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
 def choose_precision(device, precision):
     """The autocast context in which networks run on the device; weights stay float32."""
     if precision == "tf32" and device.type != "cuda":
