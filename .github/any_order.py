@@ -27,7 +27,8 @@ def heat(values):
     stops = np.array([[30, 30, 90], [150, 50, 120], [240, 120, 60], [255, 230, 90]])
     x = values[..., None] * (len(stops) - 1)
     low = np.minimum(x.astype(int), len(stops) - 2)
-    return (stops[low[..., 0]] * (1 - x + low) + stops[low[..., 0] + 1] * (x - low)).astype(np.uint8)
+    below, above = stops[low[..., 0]], stops[low[..., 0] + 1]
+    return (below * (1 - x + low) + above * (x - low)).astype(np.uint8)
 
 
 def draw_orders(run, checkpoint, path):
