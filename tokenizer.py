@@ -511,9 +511,9 @@ class Run:
 
     def checkpoints(self):
         """The checkpoints by their number of updates, the newest first."""
-        found = {int(path.stem.split("-")[1]): path
-                 for path in self.folder.glob("checkpoint-" + "[0-9]" * 7 + ".pt")}
-        return dict(sorted(found.items(), reverse=True))
+        found = {path.stem[11:]: path for path in self.folder.glob("checkpoint-*.pt")}
+        numbered = {int(number): path for number, path in found.items() if number.isdecimal()}
+        return dict(sorted(numbered.items(), reverse=True))
 
     def load(self, model, optimizer):
         """Copy the newest checkpoint that can be read, if there is one, into both. Returns the
