@@ -1080,6 +1080,24 @@ def test_weights_survive_the_round_trip(workplace):
         assert all(torch.equal(state[name], again[name]) for name in state)
 
 
+def test_weights_that_do_not_fit(workplace, capsys):
+    good = RAR(TINY).state_dict()
+    without = {name: tensor for name, tensor in good.items() if name != "cls_token"}
+    cases = {"missing": (without, "cls_token is missing"),
+             "another": (good | {"extra": torch.zeros(2)}, "extra is (2,), expected none"),
+             "shape": (good | {"cls_token": torch.zeros(3)}, "cls_token is (3,), expected (1, 1"),
+             "no_tensor": (good | {"cls_token": [1]}, "cls_token is ()"),
+             "no_names": ([1, 2], "no dictionary"),
+             "other": ({"a": torch.zeros(1)}, "no weights of"),
+             "module": (torch.nn.Linear(2, 2), "not a PyTorch file of tensors")}
+    for name, (value, message) in cases.items():
+        torch.save(value, f"{name}.bin")
+        error = refused(["sample", "--weights", f"{name}.bin"], capsys)
+        assert f"{name}.bin" in error and message in error
+    Path("page.bin").write_text("<html>Please log in</html>")
+    assert "page.bin is not a PyTorch file" in refused(["sample", "--weights", "page.bin"], capsys)
+
+
 NPZ = ["sample", "--count", "23", "--device", "cpu"]
 
 
