@@ -2042,6 +2042,7 @@ def test_fuzz(trained, photographs, capsys, monkeypatch):
         name = rng.choice(list(flags))
         arguments = {"train": [*TRAIN, "--steps", "1", "--out", f"fuzz/{runs % 5}"],
                      "sample": ["sample", "--count", "2"], "eval": ["eval"],
+                     "bench": ["bench", "--model", "tiny", "--batch", "1"],
                      "encode": ["encode", rng.choice(EDGES)],
                      "reconstruct": ["reconstruct", rng.choice(EDGES)],
                      "fid": [rng.choice(EDGES), rng.choice(EDGES)]}[name]
