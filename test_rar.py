@@ -1123,10 +1123,11 @@ def test_npz(trained, capsys):
     tokens = generate(model, torch.arange(23) % 10, config.scale, config.power, config.temperature,
                       uniforms=rar.image_uniforms(1, range(23), 64), orders=order)
     assert np.array_equal(tok.to_uint8(tokenizer.decode(tokens)), images)
-    assert rar.main([*NPZ, "--out", "folder/"]) == 0
-    assert len(os.listdir("folder")) == 23
-    assert np.array_equal(np.asarray(Image.open("folder/000022.png")), images[22])
-    for name in ("8.npz", "folder"):
+    assert rar.main([*NPZ, "--out", "new/folder/"]) == 0
+    assert len(os.listdir("new/folder")) == 23
+    assert np.array_equal(np.asarray(Image.open("new/folder/000022.png")), images[22])
+    assert rar.main([*NPZ, "--out", "newer/still/x.npz"]) == 0
+    for name in ("8.npz", "new/folder"):
         assert "other settings" in refused([*NPZ, "--seed", "2", "--out", name], capsys)
 
 

@@ -472,14 +472,18 @@ def read_config(folder, default):
     except (TypeError, UserError) as error:
         raise UserError(f"{path} is not the config of a run: {error}") from error
 
+def existing(folder):
+    """The folder, or the nearest above it that there is."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
 def check_folder(folder, given):
     """Raise UserError, before the work rather than after it, if no file can be put in `folder`."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{given}: {there} is not a folder that can be written to")
 
 def check_room(folder, size, what):
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing(folder)).free
     if size > free:
         raise UserError(f"{what} needs {size / 1e9:.2f} GB in {folder}, which has room for "
                         f"{free / 1e9:.2f} GB")
