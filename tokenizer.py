@@ -145,6 +145,8 @@ class Parser(argparse.ArgumentParser):
             raise
 
 def failed(message, code):
+    if RANK > 0 and code == 130:
+        return code  # rank 0 says it
     if RANK > 0:
         time.sleep(2)  # if rank 0 says the same, torchrun ends us first
         message = f"rank {RANK}: {message}"
