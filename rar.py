@@ -524,10 +524,10 @@ def train(config, run, device, autocast):
             if run.is_milestone(step) and tok.RANK == 0:
                 result = evaluate(model.eval(), data.held_out, config, autocast)
                 run.report_held_out(step, result)
-                images = [data.tokenizer.decode(tokens).cpu()
-                          for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
-                images = torch.cat([data.examples, *images])
-                tok.save_grid(run.preview(step), images, config.class_names)
+                drawn = [data.tokenizer.decode(tokens).cpu()
+                         for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
+                preview = torch.cat([data.examples, *drawn])                # (N, 3, H, W)
+                tok.save_grid(run.preview(step), preview, config.class_names)
             if run.is_milestone(step) or run.stopped:
                 run.save(step, model, optimizer)
     run.say_what_next()
@@ -553,7 +553,8 @@ def load_model(path, knobs, device):
     alike = [preset for preset in PRESETS.values()
              if (preset.width, preset.depth) == (sizes["width"], sizes["depth"])]
     config = tok.read_config(path.parent, [*alike, Config()][0])
-    if updates is not None and updates <= config.anneal[0] * config.steps:
+    start, end = (fraction * config.steps for fraction in config.anneal)
+    if updates and randomness(updates - 1, start, end) == 1:
         knobs = {"anneal": (1.0, 1.0)} | knobs  # up to here r was 1
     config = dataclasses.replace(config, **sizes, **knobs)
     model = RAR(config)
@@ -583,7 +584,8 @@ def sample_command(args, knobs, device, autocast):
     for numbers, tokens, orders in sample_tokens(model, labels, config, autocast, samples.missing,
                                                  known):
         samples.put(numbers, tokenizer.decode(tokens))
-        arrivals.append((tokens.cpu(), orders))
+        if args.gif:  # alone: memory must not grow with the number of pictures
+            arrivals.append((tokens.cpu(), orders))
     names = config.class_names or range(config.num_classes)
     names = [names[c] for c in (labels if args.complete else classes)]
     samples.finish(names, before)

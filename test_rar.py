@@ -529,6 +529,10 @@ def test_checkpoints(workplace, capsys):
         assert rar.main(["sample", "--weights", str(run / name), "--out", name[0] + ".png"]) == 0
     assert Path("w.png").read_bytes() == Path("c.png").read_bytes()
     assert rar.main(["sample", "--weights", str(run / "checkpoint-0000003.pt")]) == 0
+    for number, any_order in ((3, True), (5, False), (12, False)):  # annealing begins at 2.4
+        path = run / f"checkpoint-{number:07}.pt"
+        config = rar.load_model(path, {}, torch.device("cpu"))[1]
+        assert (config.anneal == (1, 1)) == any_order
     for name in ("checkpoint-0000012.pt", "checkpoint-0000011.pt"):
         (run / name).write_bytes((run / name).read_bytes()[:-500])
     capsys.readouterr()
