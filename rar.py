@@ -30,7 +30,7 @@ import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -78,6 +78,7 @@ class Config:
     micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1,
                             1e6)
     recompute: bool = knob(False, "compute activations twice instead of keeping them in memory")
+    compile: bool = knob(False, "fuse the element-wise work of blocks by torch.compile, for GPUs")
     lr: float = knob(4e-4, "AdamW's learning rate after the warm-up", 0, 1)
     min_lr: float = knob(1e-5, "learning rate at the end of its cosine", 0, 1)
     warmup: float = knob(0.25, "fraction of training in which the learning rate rises", 0, 1)
@@ -318,51 +319,66 @@ def draw(logits, temperature, uniforms):
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)  # (B, V)
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
-def all_slots(model, labels, orders):
+def all_slots(model, classes, row, orders):
     """A function from the tokens drawn so far (B, t), in slot order, to the logits (B, V) of the
-    next: all slots again for every token. Slow, obvious, and the test of the other two."""
-    return lambda drawn: model.run_slots(drawn, labels, orders)[:, -1]
+    next: all slots again for every token. Slow, obvious, and the test of the other two. Sequence b
+    is of class classes[row[b]], its order is orders[b]."""
+    return lambda drawn: model.run_slots(drawn, classes[row], orders)[:, -1]
 
-def newest_slot(model, labels, orders):
+def newest_slot(model, classes, row, orders):
     """The same with a cache: slot t + 1, which holds the newest token and predicts the next, is the
     only one that runs. At first these are slots 0 and 1."""
-    memory = model.empty_cache(len(labels))
+    labels, memory = classes[row], model.empty_cache(len(row))
 
     def next_logits(drawn):
         t = drawn.shape[1]
         return model.run_slots(drawn, labels, orders, t + 1 if t else 0, memory)[:, -1]
     return next_logits
 
-predictor = newest_slot  # until the end of this file, which has a faster one
-
-@torch.no_grad()
-def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None,
-             predict=None):
-    """Tokens (B, T), in cell order, drawn one after the other.
-    labels (B,); scale 0 turns guidance off. uniforms (B, T) decide the draws slot by slot; by
-    default they are random. orders (B, T) or (T,): the cell that comes i-th; by default raster.
-    known (B, T), in cell order, holds given tokens or -1; given cells stand first in their order.
-    predict is all_slots, newest_slot or tabled_slots, by default the fastest."""
-    B, T, device = len(labels), model.config.grid_size**2, labels.device
-    orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
-    uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
-    given = torch.full_like(orders, -1) if known is None else known.gather(1, orders)  # slot order
-    if ((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any():
-        raise ValueError("the cells that `known` gives must stand first in `orders`")
-    if scale:  # every image is there twice, the second time without its class
-        labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    n = len(labels) // B
-    next_logits = (predict or predictor)(model, labels, orders.repeat(n, 1))
-    drawn = torch.empty(B, 0, dtype=torch.long, device=device)          # (B, t), in slot order
+def draw_slots(model, settings, classes, row, orders, uniforms, given):
+    """The tokens (B, T), in slot order, drawn one after the other. settings: the guidance weight of
+    every token, () for none; the temperature; one of the predictors. classes (C,) and row (nB,):
+    the classes of B images, and for guidance of their n = 2 sequences. given (B, T) are tokens that
+    stay, or -1. Nothing is read back from the device here, and nothing in here is random."""
+    weights, temperature, predict = settings
+    (B, T), n = orders.shape, len(row) // len(orders)
+    next_logits = predict(model, classes, row, orders.repeat(n, 1))
+    drawn = torch.empty(B, 0, dtype=torch.long, device=orders.device)   # (B, t)
     for t in range(T):
         logits = next_logits(drawn.repeat(n, 1))                        # (nB, V)
-        if scale:
+        if weights:
             conditional, unconditional = logits.chunk(2)
-            weight = guidance_weight(t, T, scale, power)
-            logits = unconditional + weight * (conditional - unconditional)
+            logits = unconditional + weights[t] * (conditional - unconditional)
         token = draw(logits, temperature, uniforms[:, t])
         token = torch.where(given[:, t] >= 0, given[:, t], token)
         drawn = torch.cat([drawn, token[:, None]], dim=1)
+    return drawn
+
+predictor, recorded = newest_slot, lambda loop: loop  # the end of this file has faster ones
+
+@torch.no_grad()
+def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None,
+             predict=None, loop=draw_slots):
+    """Tokens (B, T), in cell order, of pictures of classes labels (B,). scale 0 turns guidance off.
+    uniforms (B, T) decide the draws slot by slot; by default they are random. orders (B, T) or
+    (T,): the cell that comes i-th; by default raster. known (B, T), in cell order, holds given
+    tokens or -1; given cells stand first in their order. predict is all_slots, newest_slot or
+    tabled_slots, by default the fastest; loop is draw_slots, or recorded(draw_slots)."""
+    B, T, device = len(labels), model.config.grid_size**2, labels.device
+    orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
+    uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
+    given = torch.full_like(orders, -1)                                 # (B, T), in slot order
+    if known is not None:
+        given = known.gather(1, orders)
+        if ((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any():
+            raise ValueError("the cells that `known` gives must stand first in `orders`")
+    weights = ()
+    if scale:  # every image is there twice, the second time without its class
+        weights = tuple(guidance_weight(t, T, scale, power) for t in range(T))
+        labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
+    classes, row = labels.unique(return_inverse=True)                   # (C,), (nB,)
+    settings = weights, temperature, predict or predictor
+    drawn = loop(model, settings, classes, row, orders, uniforms, given)
     return torch.empty_like(drawn).scatter_(1, orders, drawn)           # cell order again
 
 def image_uniforms(seed, numbers, length):
@@ -384,7 +400,7 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     depends on these, the weights, the seed and i alone. known (T,) holds tokens that all images are
     given, or -1: the given cells then come first in the orders."""
     numbers = torch.arange(len(labels)) if numbers is None else torch.tensor(numbers).long()
-    device = model.cls_token.device
+    device, loop = model.cls_token.device, recorded(draw_slots)
     with tqdm(total=len(numbers), desc="sampling", unit=" pictures", leave=False) as bar:
         for part in numbers.split(config.micro_batch) if len(numbers) else ():
             orders = image_orders(config, part.tolist())                    # (B, T)
@@ -397,7 +413,8 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
             with autocast:
                 tokens = generate(
                     model, labels[part].to(device), config.scale, config.power, config.temperature,
-                    uniforms=uniforms.to(device), orders=orders.to(device), known=given)
+                    uniforms=uniforms.to(device), orders=orders.to(device), known=given,
+                    loop=loop)
             yield part, tokens, orders
             bar.update(len(part))
 
@@ -511,6 +528,11 @@ def train(config, run, device, autocast):
     if tok.WORLD_SIZE > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True,
                                           find_unused_parameters=not config.target_aware)
+    uncompiled = contextlib.nullcontext
+    if config.compile:
+        for block in model.blocks:  # in place: parameters keep their names
+            block.compile()
+        uncompiled = partial(torch.compiler.set_stance, "force_eager")  # for sizes that are rare
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
     with ThreadPoolExecutor(1) as ahead:  # draws the next batch during an update
         def load(step):
@@ -522,10 +544,11 @@ def train(config, run, device, autocast):
             batch, upcoming = run.wait_for(upcoming), load(step + 1)
             run.report(step, train_step(network.train(), optimizer, config, batch, step, autocast))
             if run.is_milestone(step) and tok.RANK == 0:
-                result = evaluate(model.eval(), data.held_out, config, autocast)
-                run.report_held_out(step, result)
-                drawn = [data.tokenizer.decode(tokens).cpu()
-                         for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
+                with uncompiled():
+                    result = evaluate(model.eval(), data.held_out, config, autocast)
+                    run.report_held_out(step, result)
+                    drawn = [data.tokenizer.decode(tokens).cpu()
+                             for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
                 preview = torch.cat([data.examples, *drawn])                # (N, 3, H, W)
                 tok.save_grid(run.preview(step), preview, config.class_names)
             if run.is_milestone(step) or run.stopped:
@@ -627,28 +650,32 @@ def timed(function, device):
     return sorted(seconds[1:])[1]
 
 def bench_command(args, knobs, device, autocast):
-    c = dataclasses.replace(PRESETS[args.model], batch=args.batch, micro_batch=args.batch)
-    model, B, T, D = RAR(c).to(device), args.batch, c.grid_size**2, c.width
-    if (T, c.codebook_size) == (256, 1024):
-        tokenizer = tok.MaskGITVQGAN().to(device)
-    else:
-        tokenizer = tok.PatchTokenizer(c.grid_size, 4, c.codebook_size).to(device)
-    labels = torch.arange(B, device=device) % c.num_classes
-    tokens, optimizer = torch.randint(c.codebook_size, (B, T)), make_optimizer(model, c)
-    rows = torch.cat([labels.cpu()[:, None], tokens], 1).numpy().astype(np.uint16)
+    B = args.batch
+    c = dataclasses.replace(PRESETS[args.model], micro_batch=B, **knobs)
+    model, T, D = RAR(c).to(device), c.grid_size**2, c.width
+    tokenizer = tok.MaskGITVQGAN() if c.image_size == 256 else tok.PatchTokenizer(
+        c.grid_size, c.image_size // c.grid_size, c.codebook_size)
+    tokenizer.to(device)
+    labels, tokens = torch.arange(B) % c.num_classes, torch.randint(c.codebook_size, (B, T))
+    rows = torch.cat([labels[:, None], tokens], 1).numpy().astype(np.uint16)
+    labels, tokens, loop = labels.to(device), tokens.to(device), recorded(draw_slots)
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
     n = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(n, n, device=device, dtype=dtype)
-    vector, copy = torch.zeros(2, 2**26, device=device)
+    source, copy = torch.zeros(2, 2**26, device=device)
 
     def sample():
         with autocast:
-            generate(model.eval(), labels, 4.0, 1.0, 1.0)
+            generate(model.eval(), labels, 4.0, 1.0, 1.0, loop=loop)
 
-    speed = 2 * n**3 / timed(lambda: matrix @ matrix, device)           # FLOP/s
-    copied = 2 * vector.nbytes / timed(lambda: copy.copy_(vector), device)  # bytes/s
-    sampling, pixels = timed(sample, device), timed(lambda: tokenizer.decode(tokens.to(device)),
-                                                    device)
+    flops = 2 * n**3 / timed(lambda: matrix @ matrix, device)               # FLOP/s
+    bandwidth = 2 * source.nbytes / timed(lambda: copy.copy_(source), device)   # bytes/s
+    sampling = timed(sample, device)
+    pixels = timed(lambda: tokenizer.decode(tokens), device)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    for block in model.blocks if c.compile else ():
+        block.compile()
+    optimizer = make_optimizer(model, c)
     training = timed(lambda: train_step(model.train(), optimizer, c, draw_batch(rows, c, 0), 0,
                                         autocast), device)
     # The least that a token can take: weights read or multiplied, and the cache so far read. adaLN
@@ -656,17 +683,17 @@ def bench_command(args, knobs, device, autocast):
     adaln = (6 * c.depth + 2) * D**2
     others = c.depth * (4 * D**2 + 2 * D * c.mlp_width) + D * c.codebook_size
     cache = 2 * c.depth * D * (T / 2) * 2 * B * dtype.itemsize
-    bound = T * (max((adaln + others) * dtype.itemsize / copied,
-                     2 * (2 * B * others + (B + 1) * adaln) / speed) + cache / copied)
-    flops = 6 * B * (T + 1) * (adaln + others + c.depth * (T + 1) * D)  # attention is causal: half
-    memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    bound = T * (max((adaln + others) * dtype.itemsize / bandwidth,
+                     2 * (2 * B * others + (B + 1) * adaln) / flops) + cache / bandwidth)
+    work = 6 * B * (T + 1) * (adaln + others + c.depth * (T + 1) * D)  # attention is causal: half
     result = {
-        "model": args.model, "images": B, "device": tok.device_name(device), "precision":
-        args.precision, "torch": torch.__version__, "sampling_tokens_per_second": B * T / sampling,
-        "sampling_images_per_second": B / sampling, "share_of_bound": bound / sampling,
-        "decoded_images_per_second": B / (sampling + pixels), "training_samples_per_second":
-        B / training, "training_utilisation": flops / training / speed, "measured_flop_per_second":
-        speed, "measured_bytes_per_second": copied, "peak_memory_gb": memory}
+        "model": args.model, "images": B, "device": tok.device_name(device),
+        "precision": args.precision, "torch": torch.__version__,
+        "sampling_tokens_per_second": B * T / sampling, "sampling_images_per_second": B / sampling,
+        "share_of_bound": bound / sampling, "decoded_images_per_second": B / (sampling + pixels),
+        "sampling_memory_gb": memory, "training_samples_per_second": B / training,
+        "training_utilisation": work / training / flops, "measured_flop_per_second": flops,
+        "measured_bytes_per_second": bandwidth}
     print(*(f"{name:28}{value:,.4g}" if isinstance(value, float) else f"{name:28}{value}"
             for name, value in result.items()), sep="\n")
     if args.json:
@@ -694,7 +721,7 @@ def main(argv=None):
     evaluation = parser.command("eval", eval_command, "held-out bits per token and accuracy",
                                 Config, ("data", "order", "micro_batch"))
     bench = parser.command("bench", bench_command, "time sampling and training on this machine",
-                           precision="bfloat16")
+                           Config, ("compile",), precision="bfloat16")
     bench.add_argument("--model", choices=PRESETS, default="RAR-B", help="preset [RAR-B]")
     bench.add_argument("--batch", type=tok.whole_number(1, 10**5), default=4,
                        help="images at once [4]")
@@ -710,22 +737,21 @@ def main(argv=None):
 
 SLOTS = 32  # for which adaLN's outputs are held at a time
 
-def tabled_slots(model, labels, orders):
+def tabled_slots(model, classes, row, orders):
     """As newest_slot, but what does not depend on the tokens drawn is looked up. The two position
     embeddings become one table. adaLN's outputs follow from (class, slot) alone; they are computed
     for SLOTS slots at once and for each class once. Those layers are a third of the weights, which
     a step would otherwise read again for every token. Up to rounding the tokens are the same."""
-    classes, row = labels.unique(return_inverse=True)                       # (C,), (B,)
     class_embedding = model.embeddings(model.config.codebook_size + 1 + classes)[:, None]
     places = F.embedding(2 + orders[:, :-1], model.pos_embed[0])            # (B, T - 1, D)
     if model.config.target_aware:
         places = places + F.embedding(2 + orders[:, 1:], model.target_aware_pos_embed[0])
-    memory, tables = model.empty_cache(len(labels)), []
+    memory, tables = model.empty_cache(len(row)), []
 
     def next_logits(drawn):
         t = drawn.shape[1]
         if t == 0:
-            return model.run_slots(drawn, labels, orders, 0, memory)[:, -1]
+            return model.run_slots(drawn, classes[row], orders, 0, memory)[:, -1]
         k = (t - 1) % SLOTS
         if k == 0:
             condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + SLOTS]
@@ -737,7 +763,31 @@ def tabled_slots(model, labels, orders):
         return model.head(x, tables[-1][row, k, None])[:, 0]                # (B, V)
     return next_logits
 
-predictor = tabled_slots
+def recorded_on_cuda(loop):
+    """draw_slots as one CUDA graph: a GPU runs these small kernels faster than Python can launch
+    them. The first call for some shapes and settings just runs, which also warms up the libraries;
+    the second records, and from then on the whole loop is one launch. Inputs and output of a graph
+    stay where they were in memory, hence the copies. autocast must begin with each call: the copies
+    of weights that it keeps would otherwise be from outside the graph."""
+    called, graphs = set(), {}
+
+    def run(model, settings, *inputs):
+        key = settings, *(x.shape for x in inputs)
+        if inputs[0].device.type != "cuda" or key not in called:
+            called.add(key)
+            return loop(model, settings, *inputs)
+        if key not in graphs:
+            places, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads
+                graphs[key] = graph, places, loop(model, settings, *places)
+        graph, places, drawn = graphs[key]
+        for place, x in zip(places, inputs):
+            place.copy_(x)
+        graph.replay()
+        return drawn.clone()
+    return run
+
+predictor, recorded = tabled_slots, recorded_on_cuda
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,6 +31,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 import fid
 import rar
@@ -292,6 +293,21 @@ def test_fast_paths_give_the_same_tokens(scale, power, target_aware):
     assert (cached == slow).all(dim=1).float().mean() >= 0.99
     assert (fast == slow).all(dim=1).float().mean() >= 0.99
     assert (slow == known)[known >= 0].all()
+
+
+@pytest.mark.parametrize("predict", [rar.newest_slot, rar.tabled_slots])
+def test_nothing_is_read_back_from_the_device_while_tokens_are_drawn(predict, monkeypatch):
+    """A CUDA graph can't hold it. Fake tensors have no values: whoever asks for one fails."""
+    for name in ("trunc_normal_", "kaiming_uniform_", "uniform_", "normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model = RAR(TINY).eval()
+        cells, row = torch.zeros(4, 16, dtype=torch.long), torch.zeros(8, dtype=torch.long)
+        drawn = rar.draw_slots(model, ((1.5,) * 16, 1.0, predict), torch.arange(5), row, cells,
+                               torch.zeros(4, 16), cells)
+        assert drawn.shape == (4, 16)
+        with pytest.raises(RuntimeError):  # this one does look
+            generate(model, row, 0, 0, 1.0)
 
 
 def test_generated_tokens_follow_the_model(model):
@@ -560,6 +576,20 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, 
     assert sorted(p.name for p in Path("runs/shapes-tiny").glob("check*"))[-1].endswith("4.pt")
     state = tok.read_tensors("runs/shapes-tiny/weights.pt")
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_blocks_learn_the_same(workplace):
+    """Losses and weights up to rounding, and samples from the blocks as they are."""
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        assert rar.main([*TRAIN, "--dropout", "0", "--steps", "2", "--out", out, *more]) == 0
+    losses = [[line["loss"] for line in log_of(Path(out))] for out in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    plain, compiled = (tok.read_tensors(f"{out}/weights.pt") for out in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    assert all(torch.allclose(plain[name], compiled[name], atol=1e-4) for name in plain
+               if "k_norm.bias" not in name)
 
 
 def test_recompute_gives_the_same_gradients():
