@@ -568,6 +568,14 @@ def train_command(args, knobs, device, autocast):
     folder = args.out or f"runs/{tok.title(config.data)}-{model}"
     train(config, tok.Run(folder, config), device, autocast)
 
+def on_device(model, device):
+    """The model there, to sample from."""
+    if device.type == "cpu":  # a matrix by columns is read a third faster for a handful of rows
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.T.contiguous().T
+    return model.to(device)
+
 def load_model(path, knobs, device):
     """The model of a weights file, checkpoint or run (None: the newest run), its config, and its
     folder. To weights without a config.json belong the settings of the preset of their size."""
@@ -582,11 +590,7 @@ def load_model(path, knobs, device):
     config = dataclasses.replace(config, **sizes, **knobs)
     model = RAR(config)
     tok.load_strictly(model, state, path)
-    if device.type == "cpu":  # a matrix by columns is read a third faster for a handful of rows
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.T.contiguous().T
-    return model.to(device).eval(), config, path.parent
+    return on_device(model, device).eval(), config, path.parent
 
 def sample_command(args, knobs, device, autocast):
     model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
@@ -652,7 +656,7 @@ def timed(function, device):
 def bench_command(args, knobs, device, autocast):
     B = args.batch
     c = dataclasses.replace(PRESETS[args.model], micro_batch=B, **knobs)
-    model, T, D = RAR(c).to(device), c.grid_size**2, c.width
+    model, T, D = on_device(RAR(c), device), c.grid_size**2, c.width
     tokenizer = tok.MaskGITVQGAN() if c.image_size == 256 else tok.PatchTokenizer(
         c.grid_size, c.image_size // c.grid_size, c.codebook_size)
     tokenizer.to(device)
@@ -673,6 +677,7 @@ def bench_command(args, knobs, device, autocast):
     sampling = timed(sample, device)
     pixels = timed(lambda: tokenizer.decode(tokens), device)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    model = RAR(c).to(device)
     for block in model.blocks if c.compile else ():
         block.compile()
     optimizer = make_optimizer(model, c)
@@ -755,8 +760,9 @@ def tabled_slots(model, classes, row, orders):
         k = (t - 1) % SLOTS
         if k == 0:
             condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + SLOTS]
-            tables[:] = [layer.adaLN_modulation(condition)                  # (C, SLOTS, 6D or 2D)
-                         for layer in (*model.blocks, model.adaln_before_head)]
+            tables.clear()  # not two sets of them at once
+            tables.extend(layer.adaLN_modulation(condition)                 # (C, SLOTS, 6D or 2D)
+                          for layer in (*model.blocks, model.adaln_before_head))
         x = (model.embeddings(drawn[:, -1]) + places[:, t - 1])[:, None]    # (B, 1, D)
         for block, table, cache in zip(model.blocks, tables, memory):
             x = block(x, None, t + 1, cache, table[row, k, None])
