@@ -4,9 +4,10 @@ A picture is a grid of tokens (tokenizer.py). Train an ordinary causal transform
 trick: with probability r a sample's tokens are put in a random order. r starts at 1 and is annealed
 to 0, so the model ends as a raster-order generator that has learned context from all sides.
 
-    python rar.py train      a tiny RAR on built-in shapes, in minutes, without a GPU
-    python rar.py sample     a new picture from the newest run
-    python rar.py eval       held-out bits per token, in the final and in random order
+    r = 1 ----------------.                 python rar.py train                  built-in shapes
+                            ' .             python rar.py train --data imagenet  photographs
+        0                       '--------   python rar.py sample                 the newest run's
+          0 %            50 %  75 %  100 %  python rar.py eval                   held-out bits
 
 A slot is a place in the sequence, a cell one in the picture. After the same tokens any remaining
 cell may be next, so each slot is told which: a second position embedding, the target-aware one. The
@@ -20,7 +21,15 @@ sequence of a picture of 2x2 cells [[0, 1], [2, 3]] in the order o = [2, 0, 3, 1
     predicts                      -       x_2      x_0      x_3      x_1     (never read: the last)
 
 The class enters twice: in slot 1, and in every slot's adaLN (adaptive LayerNorm), which shifts,
-scales and gates each layer by the class and the slot.
+scales and gates each layer by the class and the slot. Contents:
+
+    Configuration    Config, whose fields are the flags, and PRESETS
+    The idea         randomness (r), sample_orders, scan_order
+    The model        RAR.run_slots makes the sequence above; Block and Attention; training_loss
+    Sampling         guidance_weight, draw, draw_slots (the loop over tokens), generate
+    Training         learning_rate, draw_batch (all randomness), train_step, train
+    Command line     train, sample, eval, bench
+    The fast path    tabled_slots, recorded_on_cuda: remove it, and all still works
 """
 
 import contextlib
@@ -30,7 +39,7 @@ import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -78,7 +87,7 @@ class Config:
     micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1,
                             1e6)
     recompute: bool = knob(False, "compute activations twice instead of keeping them in memory")
-    compile: bool = knob(False, "fuse the element-wise work of blocks by torch.compile, for GPUs")
+    compile: bool = knob(False, "fuse element-wise work by torch.compile, for GPUs")
     lr: float = knob(4e-4, "AdamW's learning rate after the warm-up", 0, 1)
     min_lr: float = knob(1e-5, "learning rate at the end of its cosine", 0, 1)
     warmup: float = knob(0.25, "fraction of training in which the learning rate rises", 0, 1)
@@ -528,11 +537,8 @@ def train(config, run, device, autocast):
     if tok.WORLD_SIZE > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True,
                                           find_unused_parameters=not config.target_aware)
-    uncompiled = contextlib.nullcontext
-    if config.compile:
-        for block in model.blocks:  # in place: parameters keep their names
-            block.compile()
-        uncompiled = partial(torch.compiler.set_stance, "force_eager")  # for sizes that are rare
+    if config.compile:  # for the updates; what is rare is done by `model` itself
+        network = torch.compile(network)
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes  # of the previews
     with ThreadPoolExecutor(1) as ahead:  # draws the next batch during an update
         def load(step):
@@ -544,11 +550,10 @@ def train(config, run, device, autocast):
             batch, upcoming = run.wait_for(upcoming), load(step + 1)
             run.report(step, train_step(network.train(), optimizer, config, batch, step, autocast))
             if run.is_milestone(step) and tok.RANK == 0:
-                with uncompiled():
-                    result = evaluate(model.eval(), data.held_out, config, autocast)
-                    run.report_held_out(step, result)
-                    drawn = [data.tokenizer.decode(tokens).cpu()
-                             for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
+                result = evaluate(model.eval(), data.held_out, config, autocast)
+                run.report_held_out(step, result)
+                drawn = [data.tokenizer.decode(tokens).cpu()
+                         for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
                 preview = torch.cat([data.examples, *drawn])                # (N, 3, H, W)
                 tok.save_grid(run.preview(step), preview, config.class_names)
             if run.is_milestone(step) or run.stopped:
@@ -678,10 +683,8 @@ def bench_command(args, knobs, device, autocast):
     pixels = timed(lambda: tokenizer.decode(tokens), device)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     model = RAR(c).to(device)
-    for block in model.blocks if c.compile else ():
-        block.compile()
-    optimizer = make_optimizer(model, c)
-    training = timed(lambda: train_step(model.train(), optimizer, c, draw_batch(rows, c, 0), 0,
+    network, optimizer = torch.compile(model, disable=not c.compile), make_optimizer(model, c)
+    training = timed(lambda: train_step(network.train(), optimizer, c, draw_batch(rows, c, 0), 0,
                                         autocast), device)
     # The least that a token can take: weights read or multiplied, and the cache so far read. adaLN
     # has a row for each image and one for all that are without class.

@@ -8,6 +8,7 @@ full as well.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -578,10 +579,10 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, 
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_blocks_learn_the_same(workplace):
-    """Losses and weights up to rounding, and samples from the blocks as they are."""
+def test_a_compiled_model_learns_the_same(workplace, monkeypatch):
+    """Losses and weights up to rounding, and weights of the same names. (The compiler's last stage,
+    which takes most of its time, is left out.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for out, more in (("plain", []), ("compiled", ["--compile"])):
         assert rar.main([*TRAIN, "--dropout", "0", "--steps", "2", "--out", out, *more]) == 0
     losses = [[line["loss"] for line in log_of(Path(out))] for out in ("plain", "compiled")]

@@ -63,12 +63,11 @@ def training(config, ours, other, device, autocast):
     their_optimizer = torch.optim.AdamW(other.parameters(), lr=config.lr, betas=config.betas,
                                         weight_decay=config.weight_decay, fused=True)
     other.set_random_ratio(1.0)
-    for block in ours.blocks if config.compile else ():
-        block.compile()
+    network = torch.compile(ours, disable=not config.compile)
 
     def our_update():
         batch = rar.draw_batch(rows, config, 1)
-        rar.train_step(ours.train(), our_optimizer, config, batch, 1, autocast)
+        rar.train_step(network.train(), our_optimizer, config, batch, 1, autocast)
 
     def their_update():
         batch = torch.from_numpy(rows[:config.batch].astype(np.int64)).to(device)
