@@ -1531,7 +1531,7 @@ class Samples:
         self.store = path if is_folder else path.with_name(path.name + ".parts")
         check_folder(self.store, f"--out {path}")
         self.shape, self.settings = (count, size, size, 3), json.dumps(settings)
-        self.comment = f"{count} pictures, {self.settings}".encode()
+        self.comment = json.dumps(settings | {"count": count}).encode()
         finished = self.kind == ".npz" and self.has(path)
         missing = [n for n in range(count) if not finished and not self.has(self.file(n))]
         wait_for_all()  # nobody writes before all have looked
