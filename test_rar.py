@@ -239,7 +239,7 @@ def test_scan_orders():
     assert ranks("z_curve") == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert ranks("subsample") == [[0, 4, 1, 5], [8, 12, 9, 13], [2, 6, 3, 7], [10, 14, 11, 15]]
     for name in ("raster", "alternate", "spiral_in", "spiral_out", "z_curve", "subsample"):
-        for n in (1, 2, 3, 5, 8):
+        for n in (1, 2, 3, 5, 8, 32, 48):
             assert sorted(scan_order(name, n).tolist()) == list(range(n * n))
 
 
@@ -334,9 +334,6 @@ def test_draw():
              for u in (0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-24)]
     assert draws == [0, 0, 2, 2, 3, 3]  # never a token of probability 0, at neither end
     assert rar.draw(logits, 0, None).item() == 2
-    hot = rar.draw(logits.repeat(20_000, 1), 1.0, torch.rand(20_000))
-    assert (torch.bincount(hot, minlength=5) / 20_000).tolist() == pytest.approx(
-        [0.2, 0, 0.5, 0.3, 0], abs=0.02)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -375,19 +372,11 @@ def test_micro_batches_add_up_to_the_batch(model):
     assert torch.allclose(*weights, atol=2e-6)
 
 
-def test_config_refuses_nonsense():
-    for wrong in ({"depth": 0}, {"heads": 5}, {"dropout": 1.0}, {"temperature": -1.0},
-                  {"lr": math.nan}, {"anneal": (0.8, 0.5)}, {"anneal": (0.0, 1.5)}):
-        with pytest.raises(tok.UserError, match="--"):
-            dataclasses.replace(PRESETS["tiny"], **wrong)
-
-
 # ---- Pictures and their tokens -------------------------------------------------------------------
 
 
 def shapes(count):
-    images = np.stack([tok.draw_shape(i) for i in range(count)])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return tok.to_float(np.stack([tok.draw_shape(i) for i in range(count)]))
 
 
 def test_shapes():
@@ -457,6 +446,18 @@ def log_of(run):
             for line in lines]
 
 
+def at_step(monkeypatch, number, do):
+    """Have the next training do something before update `number`."""
+    step_of = rar.train_step
+
+    def train_step(network, optimizer, config, batch, step, autocast):
+        if step + 1 == number:
+            do()
+        return step_of(network, optimizer, config, batch, step, autocast)
+
+    monkeypatch.setattr(rar, "train_step", train_step)
+
+
 def test_train_sample_eval(workplace, capsys):
     assert rar.main(TRAIN) == 0
     run = workplace / "runs" / "shapes-tiny"
@@ -496,15 +497,8 @@ def test_train_sample_eval(workplace, capsys):
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert rar.main([*TRAIN, "--out", "whole"]) == 0
-    step_of = rar.train_step
-
-    def interrupted(model, optimizer, config, rows, step, autocast):
-        if step + 1 == stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step_of(model, optimizer, config, rows, step, autocast)
-
     with monkeypatch.context() as patch:
-        patch.setattr(rar, "train_step", interrupted)
+        at_step(patch, stop_after, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert rar.main([*TRAIN, "--out", "parts"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert log_of(Path("parts"))[-1]["step"] == stop_after
@@ -577,15 +571,11 @@ def test_resume_after_a_kill(workplace, monkeypatch):
     """Killed without warning after a checkpoint: what was logged since is made and logged again."""
     assert rar.main([*TRAIN, "--out", "whole"]) == 0
 
-    step_of = rar.train_step
-
-    def killed(model, optimizer, config, rows, step, autocast):
-        if step == 5:
-            raise SystemError("as if killed")
-        return step_of(model, optimizer, config, rows, step, autocast)
+    def kill():
+        raise SystemError("as if killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rar, "train_step", killed)
+        at_step(patch, 6, kill)
         with pytest.raises(SystemError):
             rar.main([*TRAIN, "--out", "parts"])
     assert log_of(Path("parts"))[-1]["step"] == 5
@@ -621,6 +611,9 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     (["train", "--lr", "nan"], "--lr"),
     (["train", "--seed", "-1"], "--seed"),
     (["train", "--heads", "3"], "--heads 3"),
+    (["train", "--depth", "0"], "--depth"),
+    (["train", "--dropout", "1.0"], "--dropout"),
+    (["train", "--anneal", "0.0", "1.5"], "--anneal"),
     (["train", "--anneal", "0.9", "0.1"], "--anneal"),
     (["train", "--widht", "64"], "--widht"),
     (["train", "--out", "file/run"], "file/run"),
@@ -668,11 +661,8 @@ def test_mistakes_with_a_run(workplace, capsys):
     assert sorted(os.listdir(run)) == before
 
     weights = (run / "weights.pt").read_bytes()
-    flipped = bytearray(weights)
-    flipped[len(weights) // 2] ^= 1
-    for damaged in (weights[:1000], weights[:-100], flipped, b""):
-        (run / "weights.pt").write_bytes(damaged)
-        assert "weights.pt" in refused(["sample"], capsys)
+    (run / "weights.pt").write_bytes(weights[:-100])
+    assert "weights.pt" in refused(["sample"], capsys)
     assert rar.main([*TRAIN, "--out", "runs/a"]) == 0  # which makes weights.pt anew
     assert (run / "weights.pt").read_bytes() == weights
     for number in (3, 4):
@@ -698,16 +688,6 @@ def test_mistakes_with_a_run(workplace, capsys):
     assert "lm_head.weight is (7, 7)" in refused(arguments, capsys)
     (run / "config.json").write_text("{")
     assert "config.json" in refused(arguments, capsys)
-
-
-def test_code_in_a_checkpoint_is_not_run(workplace, capsys):
-    class Hostile:
-        def __reduce__(self):
-            return Path.touch, (Path("executed"),)
-
-    torch.save({"model": Hostile()}, "hostile.pt")
-    assert "hostile.pt" in refused(["sample", "--weights", "hostile.pt"], capsys)
-    assert not Path("executed").exists()
 
 
 # ---- Photographs ---------------------------------------------------------------------------------
@@ -770,7 +750,7 @@ def test_shortcut_of_the_published_tokenizer_skips_the_input():
     assert (block(x) == 0).all()
 
 
-def test_published_tokenizer(tmp_path):
+def test_published_tokenizer():
     with torch.device("meta"):
         tokenizer = tok.MaskGITVQGAN()
     assert sum(p.numel() for p in tokenizer.parameters()) == 54_515_587
@@ -971,9 +951,8 @@ def test_reconstruct(photographs, capsys):
     for arguments, named in [(["nowhere", "--out", "a.png"], "nowhere"),
                              ([pictures[0], "--out", "a.jpg"], "--out"),
                              ([pictures[0], "--out", "a.png", "--tokenizer", "b.bin"], "b.bin")]:
-        capsys.readouterr()
-        assert tok.main(["reconstruct", "--tokenizer", "run", *arguments]) == 2
-        assert named in capsys.readouterr().err
+        assert named in refused(["reconstruct", "--tokenizer", "run", *arguments], capsys,
+                                main=tok.main)
 
 
 # ---- Released files and many samples -------------------------------------------------------------
@@ -1070,8 +1049,7 @@ def test_pretrained(hub, capsys, monkeypatch):
     assert np.array_equal(np.load("z.npz")["arr_0"][0], images[0])
 
 
-def test_weights_survive_the_round_trip(workplace):
-    assert rar.main(TRAIN) == 0
+def test_weights_survive_the_round_trip(trained):
     model, config, folder = rar.load_model(None, {}, torch.device("cpu"))
     written = torch.load("runs/shapes-tiny/weights.pt", weights_only=True)
     assert written.keys() == dict(model.named_parameters()).keys()  # a state dict, nothing else
@@ -1085,6 +1063,10 @@ def test_weights_survive_the_round_trip(workplace):
 
 
 def test_weights_that_do_not_fit(workplace, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (Path("executed"),)
+
     good = RAR(TINY).state_dict()
     without = {name: tensor for name, tensor in good.items() if name != "cls_token"}
     cases = {"missing": (without, "cls_token is missing"),
@@ -1093,11 +1075,13 @@ def test_weights_that_do_not_fit(workplace, capsys):
              "no_tensor": (good | {"cls_token": [1]}, "cls_token is ()"),
              "no_names": ([1, 2], "no dictionary"),
              "other": ({"a": torch.zeros(1)}, "no weights of"),
-             "module": (torch.nn.Linear(2, 2), "not a PyTorch file of tensors")}
+             "module": (torch.nn.Linear(2, 2), "not a PyTorch file of tensors"),
+             "hostile": ({"model": Hostile()}, "not a PyTorch file of tensors")}
     for name, (value, message) in cases.items():
         torch.save(value, f"{name}.bin")
         error = refused(["sample", "--weights", f"{name}.bin"], capsys)
         assert f"{name}.bin" in error and message in error
+    assert not Path("executed").exists()
     Path("page.bin").write_text("<html>Please log in</html>")
     assert "page.bin is not a PyTorch file" in refused(["sample", "--weights", "page.bin"], capsys)
 
@@ -1167,23 +1151,24 @@ def test_no_room_for_the_samples(trained, capsys, monkeypatch):
     assert "GB" in refused([*NPZ, "--out", "x.npz"], capsys)
 
 
-def torchrun(*arguments, patch=""):
-    """Run a command of rar.py in two processes that talk by gloo, after a patch of Python."""
+def launch(*arguments, processes=2, patch=""):
+    """Run a command in processes of its own, two of which talk by gloo, after a patch of Python."""
     Path("patched.py").write_text(f"""
-import os, signal, sys, rar, tokenizer as tok
+import os, signal, sys, threading, time, rar, tokenizer as tok
 tok.SHAPES_TRAIN, tok.SHAPES_HELD_OUT = 100, 20
 {patch}
-sys.exit(rar.main())
+sys.exit((tok if "encode" in sys.argv else rar).main())
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     places = {"PYTHONPATH": str(Path(rar.__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "patched.py", *arguments], capture_output=True, text=True,
-                          timeout=120, env=os.environ | places)
+    return subprocess.run(
+        [sys.executable, *(torchrun if processes > 1 else ()), "patched.py", *arguments],
+        capture_output=True, text=True, timeout=120, env=os.environ | places)
 
 
 def test_sampling_with_two_processes(trained):
     assert rar.main([*NPZ, "--micro-batch", "4", "--out", "one.npz"]) == 0
-    result = torchrun(*NPZ, "--micro-batch", "4", "--out", "two.npz")
+    result = launch(*NPZ, "--micro-batch", "4", "--out", "two.npz")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("23 pictures") == 2  # rank 0 alone talks: to make, made
     one, two = (np.load(name)["arr_0"] for name in ("one.npz", "two.npz"))
@@ -1192,7 +1177,7 @@ def test_sampling_with_two_processes(trained):
 
 def test_a_process_that_fails_ends_all(workplace):
     """One of two processes is given another learning rate."""
-    result = torchrun(*TRAIN, patch="sys.argv += ['--lr', '0.1'] * tok.RANK")
+    result = launch(*TRAIN, patch="sys.argv += ['--lr', '0.1'] * tok.RANK")
     assert result.returncode != 0
     assert "rank 1: error: this process has other flags than rank 0" in result.stderr
     assert not Path("runs/shapes-tiny/log.jsonl").exists()
@@ -1203,7 +1188,7 @@ def test_training_with_two_processes_and_then_one(workplace):
     after five: the same losses and weights, orders, dropped labels and dropout included."""
     train = [*TRAIN, "--steps", "10", "--micro-batch", "8", "--out"]
     assert rar.main([*train, "one"]) == 0
-    result = torchrun(*train, "two", patch="""
+    result = launch(*train, "two", patch="""
 step_of = rar.train_step
 def train_step(network, optimizer, config, batch, step, autocast):
     assert len(batch[0]) == 8
@@ -1744,20 +1729,6 @@ def test_mistakes_with_fid(cheap, capsys, arguments, named):
 # RAR_KILLS=100 and RAR_FUZZ=600 (seconds) make long versions of the first and the last of these.
 
 
-KILLED = """
-import os, random, signal, sys, threading, time
-import rar, tokenizer as tok
-tok.SHAPES_TRAIN, tok.SHAPES_HELD_OUT, tok.BLOCK_SECONDS = 100, 20, 0
-number, delay, rank = signal.Signals[sys.argv.pop(1)], float(sys.argv.pop(1)), int(sys.argv.pop(1))
-def kill():
-    time.sleep(delay)
-    os.kill(os.getpid(), number)
-if tok.RANK == rank:
-    threading.Thread(target=kill, daemon=True).start()
-sys.exit((tok if "encode" in sys.argv else rar).main())
-"""
-
-
 def same_tree(one, two):
     """Compare what two runs, or two files, hold; log lines but for the times in them."""
     if one.is_file():
@@ -1779,9 +1750,6 @@ def test_kills(photographs):
     commands = {("train", 1): [train, "train"], ("sample", 1): [sample, "x.npz"],
                 ("encode", 1): [encode, "x.npy"], ("train", 2): [train, "train2"],
                 ("sample", 2): [sample, "y.npz"]}
-    Path("killed.py").write_text(KILLED)
-    environment = os.environ | {"PYTHONPATH": str(Path(rar.__file__).parent),
-                                "OMP_NUM_THREADS": "1"}
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for arguments, out in list(commands.values())[:3]:
@@ -1792,16 +1760,17 @@ def test_kills(photographs):
         arguments, whole = commands[name, processes]
         whole = {"train2": "train", "y.npz": "x.npz"}.get(whole, whole)
         out = Path(f"{k}" + Path(whole).suffix)
-        launch = [sys.executable, "killed.py"]
-        if processes == 2:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                      "--nproc_per_node=2", "killed.py"]
         for again in range(rng.randint(1, 2) if kills >= 10 else 1):
             number = ["SIGKILL", "SIGTERM", "SIGKILL", "SIGINT"][k % 4]
             delay = rng.uniform(0, {"train": 1.2, "sample": 0.6, "encode": 0.8}[name] * processes)
-            result = subprocess.run([*launch, number, str(delay), str(rng.randrange(processes)),
-                                     *arguments, out], capture_output=True, text=True, timeout=120,
-                                    env=environment)
+            result = launch(*arguments, out, processes=processes, patch=f"""
+tok.BLOCK_SECONDS = 0
+def kill():
+    time.sleep({delay})
+    os.kill(os.getpid(), signal.{number})
+if tok.RANK == {rng.randrange(processes)}:
+    threading.Thread(target=kill, daemon=True).start()
+""")
             counts[name, processes, number] = counts.get((name, processes, number), 0) + 1
             assert "Traceback" not in result.stderr or processes == 2, result.stderr
         assert (tok if name == "encode" else rar).main([*arguments, str(out)]) == 0
@@ -1815,18 +1784,6 @@ def test_kills(photographs):
             assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.05
     torch.set_num_threads(torch_threads)
     print(sum(counts.values()), "kills:", counts)
-
-
-def at_step(monkeypatch, number, do):
-    """Have the next training do something before update `number`."""
-    step_of = rar.train_step
-
-    def train_step(network, optimizer, config, batch, step, autocast):
-        if step + 1 == number:
-            do()
-        return step_of(network, optimizer, config, batch, step, autocast)
-
-    monkeypatch.setattr(rar, "train_step", train_step)
 
 
 def test_full_disk(workplace, monkeypatch, capsys):
@@ -2015,8 +1972,6 @@ def test_grids(grid_size):
     assert tokens.shape == (1, T) and tokens.max() < 2
     loss, _ = rar.training_loss(model, tokens, torch.tensor([1]), sample_orders(1, T, 1))
     assert loss.isfinite()
-    for name in ("raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate"):
-        assert (scan_order(name, grid_size).sort().values == torch.arange(T)).all()
 
 
 EDGES = ["0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", str(2**31),
