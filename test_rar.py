@@ -291,7 +291,7 @@ def test_fast_paths_give_the_same_tokens(scale, power, target_aware):
                  predict=predict) for predict in (rar.all_slots, rar.newest_slot, rar.tabled_slots))
     assert (cached == slow).all(dim=1).float().mean() >= 0.99
     assert (fast == slow).all(dim=1).float().mean() >= 0.99
-    assert (slow == known)[known >= 0].all()
+    assert all((tokens == known)[known >= 0].all() for tokens in (slow, cached, fast))
 
 
 def test_generated_tokens_follow_the_model(model):
@@ -316,14 +316,8 @@ def test_image_does_not_depend_on_its_batch(model):
     assert torch.equal(together, apart)
 
 
-def test_known_tokens_stay(model):
-    known = torch.full((3, 16), -1)
-    known.scatter_(1, ORDERS[:, :6], TOKENS.gather(1, ORDERS[:, :6]))
-    uniforms = torch.rand(3, 16)
-    tokens = generate(model, LABELS, 2.0, 0, 1.0, uniforms=uniforms, orders=ORDERS, known=known)
-    assert (tokens == TOKENS)[known >= 0].all()
-    free = generate(model, LABELS, 2.0, 0, 1.0, uniforms=uniforms, orders=ORDERS)
-    assert not torch.equal(tokens, free)
+def test_known_tokens_come_first(model):
+    known = torch.full((3, 16), -1).scatter_(1, ORDERS[:, :6], 7)
     with pytest.raises(ValueError, match="first"):
         generate(model, LABELS, 0, 0, 1.0, orders=ORDERS.flip(1), known=known)
 
@@ -479,10 +473,8 @@ def test_train_sample_eval(workplace, capsys):
     assert "is finished: 6 updates" in capsys.readouterr().out
 
     assert rar.main(["sample", "--count", "13", "--out", "a.png"]) == 0
-    assert rar.main(["sample", "--count", "13", "--out", "b.png", "--micro-batch", "13"]) == 0
-    assert rar.main(["sample", "--count", "13", "--out", "c.png", "--seed", "2"]) == 0
-    a, b, c = (Path(name).read_bytes() for name in ("a.png", "b.png", "c.png"))
-    assert a == b != c
+    assert rar.main(["sample", "--count", "13", "--out", "b.png", "--seed", "2"]) == 0
+    assert Path("a.png").read_bytes() != Path("b.png").read_bytes()
     assert rar.main(["sample", "--classes", "heart", "3", "--order", "spiral_in"]) == 0
     assert rar.main(["sample", "--weights", "runs/shapes-tiny/weights.pt", "--scale", "0"]) == 0
     assert (run / "samples-1.png").exists() and (run / "samples-2.png").exists()
@@ -621,7 +613,7 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     (["train", "--codebook-size", "60000"], "--codebook-size 60000"),
     (["sample"], "python rar.py train"),
     (["sample", "--weights", "missing.pt"], "missing.pt"),
-    (["sample", "--weights", "file"], "file"),
+    (["sample", "--weights", "file"], "file is not a PyTorch file of tensors"),
     (["eval", "--weights", "file"], "file"),
     (["eval", "--weights", "missing"], "missing"),
     ([], "train"),
@@ -1082,8 +1074,6 @@ def test_weights_that_do_not_fit(workplace, capsys):
         error = refused(["sample", "--weights", f"{name}.bin"], capsys)
         assert f"{name}.bin" in error and message in error
     assert not Path("executed").exists()
-    Path("page.bin").write_text("<html>Please log in</html>")
-    assert "page.bin is not a PyTorch file" in refused(["sample", "--weights", "page.bin"], capsys)
 
 
 NPZ = ["sample", "--count", "23", "--device", "cpu"]
