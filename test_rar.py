@@ -51,7 +51,6 @@ TOKENS = torch.tensor([[27, 20, 16, 8, 9, 1, 2, 0, 5, 26, 20, 29, 16, 19, 31, 23
 LABELS = torch.tensor([2, 6, 7])
 RASTER = torch.arange(16).expand(3, 16)
 
-
 def closed_form(model):
     """Fill the model with weights that depend on nothing but names, shapes and a sine."""
     state, is_tokenizer = model.state_dict(), isinstance(model, tok.MaskGITVQGAN)
@@ -69,14 +68,11 @@ def closed_form(model):
     model.load_state_dict(state)
     return model
 
-
 @pytest.fixture
 def model():
     return closed_form(RAR(TINY)).eval()
 
-
 # ---- The published model -------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name, label, orders, expected", [
     ("logits_raster", None, RASTER, [(1.118814, -0.352126, -1.152376, 0.002458),
@@ -99,7 +95,6 @@ def test_logits(model, name, label, orders, expected):
         golden = np.load(GOLDEN / "rar.npz")[name][:, :-1]  # theirs has an unused last slot
         assert np.abs(logits.numpy() - golden).max() < 5e-6
 
-
 GRADIENT_NORMS = {
     "cls_token": 0.06384297460317612, "pos_embed": 0.3264736533164978,
     "target_aware_pos_embed": 0.3116339147090912, "timesteps_embeddings": 0.2637688219547272,
@@ -108,7 +103,6 @@ GRADIENT_NORMS = {
     "blocks.2.adaLN_modulation.1.weight": 0.37690895795822144,
     "adaln_before_head.adaLN_modulation.1.weight": 0.3427542746067047,
     "embeddings.weight": 0.4306204915046692, "lm_head.weight": 1.2387397289276123}
-
 
 def test_gradients(model):
     loss, _ = rar.training_loss(model, TOKENS, LABELS, ORDERS)
@@ -121,7 +115,6 @@ def test_gradients(model):
     for name, parameter in model.named_parameters():
         if name in expected:
             assert parameter.grad.norm().item() == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
-
 
 def test_eight_updates(model):
     losses = [3.7287747859954834, 3.7287747859954834, 3.6020171642303467, 3.3536508083343506,
@@ -145,7 +138,6 @@ def test_eight_updates(model):
         assert loss.item() == pytest.approx(losses[step], rel=1e-6)
         assert norm.item() == pytest.approx(norms[step], rel=1e-5)
 
-
 @pytest.mark.parametrize("scale, power, expected", [
     (0, 0, [[22, 27, 19, 17, 26, 27, 8, 10, 20, 15, 27, 12, 30, 10, 12, 1],
             [22, 1, 20, 10, 21, 20, 10, 10, 20, 10, 27, 0, 24, 5, 5, 23],
@@ -163,7 +155,6 @@ def test_greedy_generation(model, scale, power, expected, predict):
     tokens = generate(model, LABELS, scale, power, 0, predict=predict).tolist()
     assert [row[:len(wanted)] for row, wanted in zip(tokens, expected)] == expected
 
-
 @pytest.mark.parametrize("name, count", [
     ("RAR-S", 133_344_256), ("RAR-B", 260_923_648), ("RAR-L", 461_668_352),
     ("RAR-XL", 955_425_024), ("RAR-XXL", 1_498_520_704)])
@@ -176,7 +167,6 @@ def test_sizes(name, count):
     if released.exists() and key in (keys := json.loads(released.read_text())):
         assert {n: list(p.shape) for n, p in model.state_dict().items()} == keys[key]
 
-
 def test_first_loss_is_that_of_the_released_initialisation():
     """At width 768 the head of std 0.02 sees normalised inputs: ln V + 768 * 0.02^2 / 2."""
     torch.manual_seed(0)
@@ -186,9 +176,7 @@ def test_first_loss_is_that_of_the_released_initialisation():
     loss, _ = rar.training_loss(model, tokens, torch.arange(4), orders)
     assert loss.item() == pytest.approx(math.log(1024) + 768 * 0.02**2 / 2, abs=0.02)
 
-
 # ---- The idea ------------------------------------------------------------------------------------
-
 
 def test_randomness():
     assert rar.randomness(0, 125_000, 187_500) == rar.randomness(125_000, 125_000, 187_500) == 1
@@ -197,7 +185,6 @@ def test_randomness():
     assert all(rar.randomness(step, 0, 0) == 0 for step in range(10))       # plain raster
     assert all(rar.randomness(step, 10, 10) == 1 for step in range(10))     # always random
 
-
 def test_learning_rate():
     rates = [rar.learning_rate(step, 8, 2, 4e-4, 1e-5) for step in range(8)]
     assert rates == pytest.approx([0, 2e-4, 4e-4, 3.73874954e-4, 3.025e-4, 2.05e-4, 1.075e-4,
@@ -205,14 +192,12 @@ def test_learning_rate():
     assert rar.learning_rate(8, 8, 2, 4e-4, 1e-5) == pytest.approx(1e-5)
     assert rar.learning_rate(0, 8, 0, 4e-4, 1e-5) == 4e-4
 
-
 def test_guidance_weight():
     weights = [rar.guidance_weight(t, 256, 16, 2.75) for t in range(256)]
     assert weights[0] == 1 and weights == sorted(weights)
     assert weights[-2:] == pytest.approx([15.98315514, 15.99575865])
     assert {rar.guidance_weight(t, 256, 4, 0) for t in range(256)} == {4}
     assert rar.guidance_weight(128, 256, 9, 1) == pytest.approx(5)
-
 
 def test_sample_orders_draws_for_each_sample():
     orders = sample_orders(4000, 6, 0.6, rng=np.random.default_rng(0))
@@ -226,7 +211,6 @@ def test_sample_orders_draws_for_each_sample():
     assert ((counts - 4000 / 6) ** 2 / (4000 / 6)).sum() < 20.5
     spiral = scan_order("spiral_in", 4)
     assert (sample_orders(3, 16, 0, spiral) == spiral).all()
-
 
 def test_scan_orders():
     def ranks(name):
@@ -242,12 +226,10 @@ def test_scan_orders():
         for n in (1, 2, 3, 5, 8, 32, 48):
             assert sorted(scan_order(name, n).tolist()) == list(range(n * n))
 
-
 @needs_golden
 def test_scan_orders_of_the_paper():
     for name, grid in json.loads((GOLDEN / "scan_orders.json").read_text()).items():
         assert scan_order(name, 16).argsort().view(16, 16).tolist() == grid
-
 
 def test_target_embedding_tells_permutations_apart(model):
     """The paper's Fig. 3: two orders that share their first tokens but not the cell to predict."""
@@ -262,7 +244,6 @@ def test_target_embedding_tells_permutations_apart(model):
     logits = model(tokens, LABELS[:1].repeat(2), torch.stack([first, second]))
     assert torch.allclose(logits[0, 4], logits[1, 4], atol=1e-6)
 
-
 def test_model_is_causal(model):
     """Changing the token at slot i leaves the predictions up to slot i alone."""
     before = model(TOKENS, LABELS, ORDERS)
@@ -272,9 +253,7 @@ def test_model_is_causal(model):
     assert torch.allclose(before[:, :6], after[:, :6], atol=1e-6)
     assert ((before[:, 6:] - after[:, 6:]).abs().amax(-1) > 1e-5).all()
 
-
 # ---- Sampling ------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("scale, power", [(0, 0), (3.0, 1.0)])
 @pytest.mark.parametrize("target_aware", [True, False])
@@ -293,7 +272,6 @@ def test_fast_paths_give_the_same_tokens(scale, power, target_aware):
     assert (fast == slow).all(dim=1).float().mean() >= 0.99
     assert all((tokens == known)[known >= 0].all() for tokens in (slow, cached, fast))
 
-
 def test_generated_tokens_follow_the_model(model):
     """Teacher-forced on its own sample, the model must cumulate to the uniforms that were used."""
     uniforms = torch.rand(3, 16)
@@ -303,7 +281,6 @@ def test_generated_tokens_follow_the_model(model):
     upper = cumulative.gather(-1, drawn)[..., 0]
     lower = F.pad(cumulative, (1, 0)).gather(-1, drawn)[..., 0]
     assert ((lower <= uniforms + 1e-5) & (uniforms <= upper + 1e-5)).all()
-
 
 def test_image_does_not_depend_on_its_batch(model):
     uniforms = rar.image_uniforms(7, range(20), 16)
@@ -315,12 +292,10 @@ def test_image_does_not_depend_on_its_batch(model):
                        for i in range(0, 20, 5)])
     assert torch.equal(together, apart)
 
-
 def test_known_tokens_come_first(model):
     known = torch.full((3, 16), -1).scatter_(1, ORDERS[:, :6], 7)
     with pytest.raises(ValueError, match="first"):
         generate(model, LABELS, 0, 0, 1.0, orders=ORDERS.flip(1), known=known)
-
 
 def test_draw():
     logits = torch.log(torch.tensor([[0.2, 0.0, 0.5, 0.3, 0.0]]))
@@ -329,9 +304,7 @@ def test_draw():
     assert draws == [0, 0, 2, 2, 3, 3]  # never a token of probability 0, at neither end
     assert rar.draw(logits, 0, None).item() == 2
 
-
 # ---- Training ------------------------------------------------------------------------------------
-
 
 def test_draw_batch_is_a_function_of_seed_and_step():
     config = dataclasses.replace(TINY, batch=8, label_dropout=0.5, seed=3, steps=10)
@@ -351,7 +324,6 @@ def test_draw_batch_is_a_function_of_seed_and_step():
     assert len(set(visits[:20])) == len(set(visits[20:])) == 20
     assert visits[:20].tolist() != visits[20:].tolist()
 
-
 def test_micro_batches_add_up_to_the_batch(model):
     rows = np.concatenate([LABELS[:, None], TOKENS], axis=1).astype(np.uint16).repeat(4, axis=0)
     weights = []
@@ -365,13 +337,10 @@ def test_micro_batches_add_up_to_the_batch(model):
         assert line["r"] == 1 and line["lr"] == config.lr
     assert torch.allclose(*weights, atol=2e-6)
 
-
 # ---- Pictures and their tokens -------------------------------------------------------------------
-
 
 def shapes(count):
     return tok.to_float(np.stack([tok.draw_shape(i) for i in range(count)]))
-
 
 def test_shapes():
     images = shapes(40)
@@ -381,7 +350,6 @@ def test_shapes():
     assert ink.min() > 0.03 and ink.max() < 0.7
     assert (images[:, :, 0, 0] - ground[:, 0, 0]).abs().max() < 0.01    # nothing is cut off there
     assert len(tok.SHAPES) == 10 and len({tok.draw_shape(i).tobytes() for i in range(40)}) == 40
-
 
 def test_patch_tokenizer(tmp_path):
     images = shapes(400)
@@ -402,11 +370,9 @@ def test_patch_tokenizer(tmp_path):
     assert torch.equal(again.encode(images), tokenizer.encode(images))
     assert torch.equal(again.decode(tokens), decoded)
 
-
 def test_pixels_are_truncated():
     images = torch.tensor([0.0, 0.999, 1.0, 1.7, -0.2, 0.5]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert tok.to_uint8(images)[0, 0, :, 0].tolist() == [0, 254, 255, 255, 0, 127]
-
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "file"
@@ -417,13 +383,11 @@ def test_a_file_is_whole_or_not_there(tmp_path):
             raise KeyboardInterrupt
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
-
 # ---- The command line ----------------------------------------------------------------------------
 
 TRAIN = ["train", "--steps", "6", "--save-every", "4", "--log-every", "1", "--batch", "16",
          "--width", "32", "--depth", "1", "--mlp-width", "64", "--codebook-size", "32",
          "--device", "cpu", "--dropout", "0.1"]
-
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
@@ -433,12 +397,10 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(tok, "SHAPES_HELD_OUT", 20)
     return tmp_path
 
-
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")}
             for line in lines]
-
 
 def at_step(monkeypatch, number, do):
     """Have the next training do something before update `number`."""
@@ -450,7 +412,6 @@ def at_step(monkeypatch, number, do):
         return step_of(network, optimizer, config, batch, step, autocast)
 
     monkeypatch.setattr(rar, "train_step", train_step)
-
 
 def test_train_sample_eval(workplace, capsys):
     assert rar.main(TRAIN) == 0
@@ -485,7 +446,6 @@ def test_train_sample_eval(workplace, capsys):
     assert f"{lines[-1]['final_order_bits']:.3f} bits/token in raster order" in printed
     assert f"{lines[-1]['random_order_bits']:.3f} bits/token in random order" in printed
 
-
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert rar.main([*TRAIN, "--out", "whole"]) == 0
@@ -499,7 +459,6 @@ def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert log_of(Path("whole")) == log_of(Path("parts"))
     assert Path("whole/step-000006.png").read_bytes() == Path("parts/step-000006.png").read_bytes()
-
 
 def test_checkpoints(workplace, capsys):
     """The last two are kept, every Nth, and the one where annealing begins; each can be sampled; an
@@ -531,7 +490,6 @@ def test_checkpoints(workplace, capsys):
         path.write_bytes(b"")
     assert "checkpoint-0000003.pt" in refused([*train, "4"], capsys)
 
-
 @pytest.mark.parametrize("wrong", ["loss", "gradient_norm"])
 def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, wrong):
     step_of = rar.train_step
@@ -547,7 +505,6 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, 
     state = tok.read_tensors("runs/shapes-tiny/weights.pt")
     assert all(tensor.isfinite().all() for tensor in state.values())
 
-
 def test_recompute_gives_the_same_gradients():
     config = dataclasses.replace(TINY, dropout=0.3)
     gradients = []
@@ -557,7 +514,6 @@ def test_recompute_gives_the_same_gradients():
         rar.training_loss(model, TOKENS, LABELS, ORDERS)[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
 
 def test_resume_after_a_kill(workplace, monkeypatch):
     """Killed without warning after a checkpoint: what was logged since is made and logged again."""
@@ -576,7 +532,6 @@ def test_resume_after_a_kill(workplace, monkeypatch):
     assert rar.main([*TRAIN, "--out", "parts"]) == 0
     assert log_of(Path("whole")) == log_of(Path("parts"))
 
-
 def refused(arguments, capsys, last_line=False, main=rar.main):
     """Run a command that must fail: exit code 2, one line on stderr (or as its end). Returns it."""
     capsys.readouterr()
@@ -588,7 +543,6 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     line = error.split("\r")[-1]  # after a progress bar that wiped itself away
     assert line.startswith("error: "), error
     return line
-
 
 @pytest.mark.parametrize("arguments, named", [
     (["train", "--data", "nowhere"], "--data nowhere"),
@@ -623,7 +577,6 @@ def test_mistakes(workplace, capsys, arguments, named):
     Path("file").write_text("not a checkpoint")
     assert named in refused(arguments, capsys)
     assert os.listdir(workplace) == ["file"]
-
 
 def test_mistakes_with_a_run(workplace, capsys):
     assert rar.main([*TRAIN, "--out", "runs/a"]) == 0
@@ -681,16 +634,13 @@ def test_mistakes_with_a_run(workplace, capsys):
     (run / "config.json").write_text("{")
     assert "config.json" in refused(arguments, capsys)
 
-
 # ---- Photographs ---------------------------------------------------------------------------------
-
 
 def paint(path, size=(70, 80), mode="RGB", seed=0, **options):
     """A picture file of smooth colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8)
     Image.fromarray(coarse).resize(size, Image.BICUBIC).convert(mode).save(path, **options)
-
 
 @pytest.fixture
 def photographs(workplace):
@@ -699,11 +649,9 @@ def photographs(workplace):
         paint(workplace / "photos" / ("cats", "dogs")[i % 2] / f"{i:02}.png", seed=i)
     return workplace / "photos"
 
-
 SMALL = ["train", "--data", "photos", "--grid-size", "8", "--codebook-size", "64", "--width", "32",
          "--depth", "1", "--heads", "2", "--mlp-width", "64", "--steps", "4", "--save-every", "2",
          "--log-every", "1", "--device", "cpu"]
-
 
 def test_center_crop_and_ten_crop():
     x, y = np.meshgrid(np.arange(120), np.arange(90))
@@ -716,7 +664,6 @@ def test_center_crop_and_ten_crop():
     for crop, (top, left) in zip(crops[5:], [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]):
         assert np.array_equal(crop, whole[:, ::-1][top:top + 80, left:left + 80])
     assert tok.center_crop(picture, 20).shape == (20, 20, 3)
-
 
 @needs_golden
 def test_crops_are_the_authors():
@@ -733,14 +680,12 @@ def test_crops_are_the_authors():
         assert sha(tok.center_crop(picture, 256)) == expected["center256_sha256"]
         assert [sha(crop) for crop in tok.ten_crop(picture, 256)] == expected["tencrop_sha256"]
 
-
 def test_shortcut_of_the_published_tokenizer_skips_the_input():
     block = tok.ResidualBlock(32, 64)
     x = torch.randn(1, 32, 4, 4)
     with torch.no_grad():
         block.conv2.weight.zero_()
     assert (block(x) == 0).all()
-
 
 def test_published_tokenizer():
     with torch.device("meta"):
@@ -749,7 +694,6 @@ def test_published_tokenizer():
     if GOLDEN.exists():
         shapes = {name: list(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
         assert shapes == json.loads((GOLDEN / "tokenizer_keys.json").read_text())
-
 
 @needs_golden
 def test_published_tokenizer_on_photographs(tmp_path):
@@ -767,7 +711,6 @@ def test_published_tokenizer_on_photographs(tmp_path):
         cells = tokenizer.quantize.embedding(codes[:1]).transpose(1, 2).unflatten(2, (16, 16))
         decoded = tokenizer.decoder(cells).numpy()
     assert np.abs(decoded - golden["decoded_unclamped"][:1]).max() < 2.5e-3
-
 
 def test_pictures_in_the_wild(tmp_path, monkeypatch):
     folder = tmp_path / "wild"
@@ -803,7 +746,6 @@ def test_pictures_in_the_wild(tmp_path, monkeypatch):
     assert read["moving.gif"][0, 0, 0].tolist() == [255, 0, 0]
     assert 100 < read["deep.png"].mean() < 155 and read["deep.png"].max() > 230
 
-
 def test_train_on_photographs(photographs, capsys):
     assert rar.main(SMALL) == 0
     first, *_ = capsys.readouterr().out.splitlines()
@@ -831,7 +773,6 @@ def test_train_on_photographs(photographs, capsys):
     newest.write_bytes(damaged)
     assert newest.name in refused([*SMALL, "--out", "third"], capsys)
 
-
 def test_eval_of_weights_from_elsewhere(photographs, capsys):
     """Weights and a tokenizer, and nothing else of a run: as with the released files."""
     assert rar.main(SMALL) == 0
@@ -845,7 +786,6 @@ def test_eval_of_weights_from_elsewhere(photographs, capsys):
     assert f"{own:.3f} bits/token in raster order" in capsys.readouterr().out
     assert "10 classes, the model 2" in refused([*arguments[:3], "--data", "shapes"], capsys)
 
-
 def test_fine_tuning(photographs, capsys):
     assert rar.main([*SMALL, "--out", "first"]) == 0
     for i in range(20):
@@ -856,7 +796,6 @@ def test_fine_tuning(photographs, capsys):
     assert "does not fit" in refused(
         [*SMALL, "--out", "third", "--init", "first", "--width", "64"], capsys)
     assert not Path("third").exists()
-
 
 def test_val_folder_and_layout_mistakes(workplace, capsys):
     assert "DIR/train/CLASS" in refused(["train", "--data", "imagenet"], capsys)
@@ -872,7 +811,6 @@ def test_val_folder_and_layout_mistakes(workplace, capsys):
     assert train == [(0, Path("d/train/cats/a.png"))]
     assert held_out == [(0, Path("d/val/cats/a.png"))]
     assert "--crops zoom" in refused(["train", "--data", "d", "--crops", "zoom"], capsys)
-
 
 def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
     rar.main([*SMALL, "--out", "run", "--steps", "1"])
@@ -897,7 +835,6 @@ def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
     assert Path("parts.npy").read_bytes() == Path("whole.npy").read_bytes()
     assert np.load("parts.npy").shape == (400, 65)
 
-
 def test_unreadable_pictures_are_skipped_but_not_many(photographs, capsys):
     for i in range(10):
         (photographs / "cats" / f"x{i}.png").write_text("broken")
@@ -908,7 +845,6 @@ def test_unreadable_pictures_are_skipped_but_not_many(photographs, capsys):
         (photographs / "cats" / f"x{i}.png").write_text("broken")
     assert "can't be read" in refused(
         [*SMALL, "--out", "run2"], capsys, last_line=True)
-
 
 def test_the_authors_token_file(workplace, capsys):
     random = np.random.default_rng(0)
@@ -931,7 +867,6 @@ def test_the_authors_token_file(workplace, capsys):
     assert "--tokenizer" in refused(["train", "--data", "maskgitvq.jsonl", "--tokenizer", "patch",
                                      "--depth", "1"], capsys)
 
-
 def test_reconstruct(photographs, capsys):
     assert rar.main([*SMALL, "--out", "run", "--steps", "1"]) == 0
     pictures = ["photos/cats/00.png", "photos/dogs/01.png"]
@@ -946,9 +881,7 @@ def test_reconstruct(photographs, capsys):
         assert named in refused(["reconstruct", "--tokenizer", "run", *arguments], capsys,
                                 main=tok.main)
 
-
 # ---- Released files and many samples -------------------------------------------------------------
-
 
 @pytest.fixture
 def hub(workplace, monkeypatch):
@@ -978,7 +911,6 @@ def hub(workplace, monkeypatch):
     yield hub
     server.shutdown()
     server.server_close()
-
 
 def test_fetch(hub, workplace):
     torch.save({"x": torch.arange(100_000)}, "x.bin")
@@ -1013,7 +945,6 @@ def test_fetch(hub, workplace):
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
     assert "refused" in fails()
 
-
 def test_pretrained(hub, capsys, monkeypatch):
     """From two files on a hub to a grid, with the settings of the model's size."""
     config = dataclasses.replace(PRESETS["RAR-XL"], width=32, depth=1, heads=2, mlp_width=32,
@@ -1040,7 +971,6 @@ def test_pretrained(hub, capsys, monkeypatch):
     assert rar.main(["sample", "--weights", "model", "--count", "1", "--out", "z.npz"]) == 0
     assert np.array_equal(np.load("z.npz")["arr_0"][0], images[0])
 
-
 def test_weights_survive_the_round_trip(trained):
     model, config, folder = rar.load_model(None, {}, torch.device("cpu"))
     written = torch.load("runs/shapes-tiny/weights.pt", weights_only=True)
@@ -1052,7 +982,6 @@ def test_weights_survive_the_round_trip(trained):
                          (tokenizer.state_dict(), tok.load("tokenizer.pt").state_dict())):
         assert state.keys() == again.keys()
         assert all(torch.equal(state[name], again[name]) for name in state)
-
 
 def test_weights_that_do_not_fit(workplace, capsys):
     class Hostile:
@@ -1075,14 +1004,11 @@ def test_weights_that_do_not_fit(workplace, capsys):
         assert f"{name}.bin" in error and message in error
     assert not Path("executed").exists()
 
-
 NPZ = ["sample", "--count", "23", "--device", "cpu"]
-
 
 @pytest.fixture
 def trained(workplace):
     assert rar.main(TRAIN) == 0
-
 
 def test_npz(trained, capsys):
     model, config, folder = rar.load_model(None, {"seed": 1}, torch.device("cpu"))
@@ -1107,7 +1033,6 @@ def test_npz(trained, capsys):
     assert rar.main([*NPZ, "--out", "newer/still/x.npz"]) == 0
     for name in ("8.npz", "new/folder"):
         assert "other settings" in refused([*NPZ, "--seed", "2", "--out", name], capsys)
-
 
 def test_sampling_goes_on_after_a_kill(trained, capsys, monkeypatch):
     """Ctrl-C after every other batch: no picture is made twice, and the file is the same."""
@@ -1134,12 +1059,10 @@ def test_sampling_goes_on_after_a_kill(trained, capsys, monkeypatch):
     assert rar.main(arguments) == 0  # it is there: nothing is made
     assert len(made) == 24
 
-
 def test_no_room_for_the_samples(trained, capsys, monkeypatch):
     usage = tok.shutil.disk_usage(".")
     monkeypatch.setattr(tok.shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
     assert "GB" in refused([*NPZ, "--out", "x.npz"], capsys)
-
 
 def launch(*arguments, processes=2, patch=""):
     """Run a command in processes of its own, two of which talk by gloo, after a patch of Python."""
@@ -1155,7 +1078,6 @@ sys.exit((tok if "encode" in sys.argv else rar).main())
         [sys.executable, *(torchrun if processes > 1 else ()), "patched.py", *arguments],
         capture_output=True, text=True, timeout=120, env=os.environ | places)
 
-
 def test_sampling_with_two_processes(trained):
     assert rar.main([*NPZ, "--micro-batch", "4", "--out", "one.npz"]) == 0
     result = launch(*NPZ, "--micro-batch", "4", "--out", "two.npz")
@@ -1164,14 +1086,12 @@ def test_sampling_with_two_processes(trained):
     one, two = (np.load(name)["arr_0"] for name in ("one.npz", "two.npz"))
     assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.01
 
-
 def test_a_process_that_fails_ends_all(workplace):
     """One of two processes is given another learning rate."""
     result = launch(*TRAIN, patch="sys.argv += ['--lr', '0.1'] * tok.RANK")
     assert result.returncode != 0
     assert "rank 1: error: this process has other flags than rank 0" in result.stderr
     assert not Path("runs/shapes-tiny/log.jsonl").exists()
-
 
 def test_training_with_two_processes_and_then_one(workplace):
     """Ten updates of batch 16, or of 8 in each of two processes, the second of which is stopped
@@ -1197,7 +1117,6 @@ rar.train_step = train_step
         if "k_norm.bias" not in name:  # has no gradient but noise
             assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
 
-
 def test_draws_follow_the_softmax(model):
     """20,000 first and second tokens of one class against the model's own probabilities."""
     uniforms = rar.image_uniforms(11, range(20_000), 16)
@@ -1213,7 +1132,6 @@ def test_draws_follow_the_softmax(model):
         counts = torch.bincount(drawn, minlength=32)
         assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
-
 def test_bench(workplace, capsys):
     """Figures that hang together: nothing is faster than its bound by much, or takes no time."""
     assert rar.main(["bench", "--model", "tiny", "--batch", "2", "--json", "b.json"]) == 0
@@ -1224,9 +1142,7 @@ def test_bench(workplace, capsys):
     assert 0 < result["decoded_images_per_second"] < images
     assert 0 < result["share_of_bound"] < 2 and 0 < result["training_utilisation"] < 2
 
-
 # ---- Any order -----------------------------------------------------------------------------------
-
 
 def test_random_orders_of_images():
     config = dataclasses.replace(TINY, order="random", seed=3)
@@ -1235,7 +1151,6 @@ def test_random_orders_of_images():
     assert torch.equal(rar.image_orders(config, [7])[0], orders[7])
     fixed = rar.image_orders(dataclasses.replace(config, order="spiral_in"), [0, 1])
     assert torch.equal(fixed, scan_order("spiral_in", 4).expand(2, 16))
-
 
 def test_gif(trained):
     assert rar.main([*NPZ, "--order", "random", "--gif", "--out", "x.png"]) == 0
@@ -1248,7 +1163,6 @@ def test_gif(trained):
             arrived.append((abs(pixels - 127).max(axis=2) > 3).mean())
         assert arrived[0] < arrived[1] < arrived[2]
         assert abs(pixels - np.asarray(grid)).mean() < 6  # but for the palette of a GIF
-
 
 def test_complete(trained, capsys):
     """Given tokens stay, pixels that are hidden don't leak into them, and only weights for any
@@ -1289,9 +1203,7 @@ def test_complete(trained, capsys):
     assert "nothing.png" in refused([*complete, "--keep", "0,0,32,16"], capsys)
     assert "--gif" in refused([*NPZ, "--gif", "--out", "x.npz"], capsys)
 
-
 # ---- fid.py --------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
@@ -1317,7 +1229,6 @@ def inception(tmp_path_factory):
     tok.write_tensors(path, {name: state[name] for name in names})
     return str(path)
 
-
 def synthetic(numbers, second=False):
     """Pictures (N, 256, 256, 3) from integers alone."""
     y, x, c = np.meshgrid(np.arange(256), np.arange(256), np.arange(3), indexing="ij")
@@ -1330,12 +1241,10 @@ def synthetic(numbers, second=False):
         pictures.append(p * 15 // 16 + 4 if second else p)
     return np.stack(pictures).astype(np.uint8)
 
-
 def far(values, expected):
     """The largest difference, relative to the largest value."""
     values, expected = np.asarray(values), np.asarray(expected)
     return np.abs(values - expected).max() / np.abs(expected).max()
-
 
 def test_resize_is_tensorflows():
     # 299 outputs of 2 inputs lie at 0, 2/299, ..., and from input 1 on there is nothing to blend in
@@ -1358,7 +1267,6 @@ def test_resize_is_tensorflows():
             golden = np.load(GOLDEN / "fid/resize.npz")[name + "__tf1_sub"]
             assert far(images[:, :, ::13, ::13], golden) < 1e-6
 
-
 def test_inception(inception):
     network = fid.load_inception(inception, torch.device("cpu"))
     outputs = [x.numpy() for x in network(torch.from_numpy(synthetic(range(8))))]
@@ -1377,7 +1285,6 @@ def test_inception(inception):
         for name, each in outputs.items():
             for x, kind in zip(each, ("pool", "spatial", "logits_unbiased")):
                 assert far(x, golden[f"{name}__tf64__{kind}"]) < 1e-4
-
 
 def test_inceptions_weights(inception, workplace, monkeypatch, capsys):
     state = tok.read_tensors(inception)
@@ -1408,7 +1315,6 @@ def test_inceptions_weights(inception, workplace, monkeypatch, capsys):
     assert "Mixed_6b.branch_pool.conv.weight is missing" in refused(
         ["some.npy", "--weights", "wrong.pth"], capsys, main=fid.main)
 
-
 def test_frechet_distance():
     def distance(*arrays):
         with warnings.catch_warnings():
@@ -1431,7 +1337,6 @@ def test_frechet_distance():
             assert distance(*arrays) == pytest.approx(float(cases[name + "__fd"]), rel=1e-7,
                                                       abs=1e-6 * np.trace(arrays[1]))
 
-
 def test_moments():
     """Means are a million times larger than deviations; the batches are of several sizes."""
     x = 1e6 + np.random.default_rng(0).normal(size=(50, 70))
@@ -1442,7 +1347,6 @@ def test_moments():
     assert mean == pytest.approx(x.mean(0), rel=1e-14)
     assert np.abs(covariance - np.cov(x, rowvar=False)).max() < 1e-8
 
-
 def test_inception_score():
     assert fid.inception_score(torch.zeros(9, 1008)) == pytest.approx(1)
     assert fid.inception_score(1000 * torch.eye(1008)[:12]) == pytest.approx(12)
@@ -1452,7 +1356,6 @@ def test_inception_score():
     logits[5:, 1] = 0
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert fid.inception_score(logits) == pytest.approx(math.exp(entropy - math.log(2) / 2))
-
 
 def test_precision_recall():
     line = torch.tensor([[0.0], [1], [2], [3]])  # on a line: radii 3, 2, 2, 3
@@ -1485,7 +1388,6 @@ def test_precision_recall():
     for block in (1, 7, 90):  # exactly, not almost, the same
         assert torch.equal(whole, torch.cat(list(fid.squared_distances(points, centres, block))))
 
-
 def test_all_five_scores(inception, workplace, capsys):
     """64 pictures against 64: the figures are those of torch-fidelity's layers in float64 and of
     ADM's formulas, without rounding."""
@@ -1510,7 +1412,6 @@ def test_all_five_scores(inception, workplace, capsys):
             "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
             "count": ()}
 
-
 class Cheap(torch.nn.Module):
     """In place of Inception: a fixed map of a picture that is shrunk to 4x4; fewer features."""
 
@@ -1527,7 +1428,6 @@ class Cheap(torch.nn.Module):
         images = pixels.permute(0, 3, 1, 2).float() / 255
         return self.fc(F.adaptive_avg_pool2d(images, 4).flatten(1)).split([64, 32, 1008], 1)
 
-
 @pytest.fixture
 def cheap(workplace, monkeypatch):
     network = Cheap()
@@ -1536,17 +1436,14 @@ def cheap(workplace, monkeypatch):
                                        "spatial": ("mu_s", "sigma_s", 32)})
     return network
 
-
 def scores_of(*arguments):
     assert fid.main([*arguments, "--json", "scores.json", "--device", "cpu"]) == 0
     return json.loads(Path("scores.json").read_text())
-
 
 def same(scores, expected):
     return scores.keys() == expected.keys() and all(
         scores[name] == (value and pytest.approx(value, rel=1e-6))
         for name, value in expected.items())
-
 
 def test_inputs_of_fid(cheap, capsys):
     """The same pictures in every form, on either side, give the same scores."""
@@ -1596,7 +1493,6 @@ def test_inputs_of_fid(cheap, capsys):
     assert {name for name in fid.METRICS if chosen[name] is not None} == {"fid", "is"}
     assert sum(cheap.batches) == 40
 
-
 def test_inception_score_is_the_mean_of_consecutive_splits(cheap, capsys):
     pictures = np.zeros((5010, 4, 4, 3), np.uint8)
     pictures[::2], pictures[5000:] = 255, 90
@@ -1607,7 +1503,6 @@ def test_inception_score_is_the_mean_of_consecutive_splits(cheap, capsys):
     for batch in ("64", "5005"):
         assert scores_of("a.npy", "--batch", batch)["is"] == pytest.approx(expected, rel=1e-6)
     assert "not the usual 50,000" in capsys.readouterr().out
-
 
 def test_rfid(photographs, cheap, capsys, monkeypatch):
     """A reconstruction is compared with the crop that it was made of."""
@@ -1634,7 +1529,6 @@ def test_rfid(photographs, cheap, capsys, monkeypatch):
     assert "00.png is 70x80, but" in error and "cats/more/0.jpg 90x100" in error
     assert "--crop 256" in error
 
-
 def spoil(path, name="arr_0.npy"):
     """Flip one bit in the middle of a member of an .npz file."""
     with zipfile.ZipFile(path) as archive:
@@ -1642,7 +1536,6 @@ def spoil(path, name="arr_0.npy"):
     content = bytearray(Path(path).read_bytes())
     content[member.header_offset + 60 + member.compress_size // 2] ^= 1
     Path(path).write_bytes(content)
-
 
 @pytest.mark.parametrize("arguments, named", [
     (["missing.npz"], "missing.npz"),
@@ -1714,10 +1607,8 @@ def test_mistakes_with_fid(cheap, capsys, arguments, named):
     assert named in refused(arguments, capsys, main=fid.main)
     assert sorted(os.listdir()) == before
 
-
 # ---- Nothing lost --------------------------------------------------------------------------------
 # RAR_KILLS=100 and RAR_FUZZ=600 (seconds) make long versions of the first and the last of these.
-
 
 def same_tree(one, two):
     """Compare what two runs, or two files, hold; log lines but for the times in them."""
@@ -1728,7 +1619,6 @@ def same_tree(one, two):
     return log_of(one) == log_of(two) and all(
         (one / name).read_bytes() == (two / name).read_bytes()
         for name in files - {"log.jsonl", "config.json"})
-
 
 def test_kills(photographs):
     """The real commands, killed at random moments and started again, give what an undisturbed run
@@ -1775,7 +1665,6 @@ if tok.RANK == {rng.randrange(processes)}:
     torch.set_num_threads(torch_threads)
     print(sum(counts.values()), "kills:", counts)
 
-
 def test_full_disk(workplace, monkeypatch, capsys):
     """Files may not grow beyond 30 kB from update 4 on: the checkpoint before that stays, and with
     room again the run ends as if nothing had been."""
@@ -1793,7 +1682,6 @@ def test_full_disk(workplace, monkeypatch, capsys):
     assert tok.read_tensors("parts/checkpoint-0000003.pt")["updates"] == 3
     assert rar.main([*train, "parts"]) == 0
     assert same_tree(Path("whole"), Path("parts"))
-
 
 def test_memory_and_cuda_errors(workplace, monkeypatch, capsys):
     """Out of memory names the flag to lower; what CUDA or NCCL report is shown as it is, also where
@@ -1813,12 +1701,10 @@ def test_memory_and_cuda_errors(workplace, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="CUDA error"):
         rar.main([*TRAIN, "--out", "b"])
 
-
 def test_run_that_is_removed_midway(workplace, monkeypatch, capsys):
     at_step(monkeypatch, 5, lambda: shutil.rmtree("runs/shapes-tiny"))
     assert "has been removed" in refused(TRAIN, capsys, last_line=True)
     assert not Path("runs/shapes-tiny").exists()
-
 
 def test_missing_permission(workplace, monkeypatch, capsys):
     assert rar.main([*TRAIN, "--steps", "4"]) == 0
@@ -1840,7 +1726,6 @@ def test_missing_permission(workplace, monkeypatch, capsys):
     assert all(same_tree(path, Path("runs/shapes-tiny", path.name))
                for path in Path("whole").glob("*.pt"))
 
-
 def damaged(good, rng):
     """What may become of a file: 20 times cut short, 20 times with a byte changed."""
     for length in [0, 1, len(good) - 1, *(rng.randrange(len(good)) for _ in range(17))]:
@@ -1848,7 +1733,6 @@ def damaged(good, rng):
     for _ in range(20):
         place = rng.randrange(len(good))
         yield good[:place] + bytes([good[place] ^ rng.randrange(1, 256)]) + good[place + 1:]
-
 
 def flat(value):
     """A value as bytes, to compare: tensors, arrays, and containers of them."""
@@ -1860,11 +1744,9 @@ def flat(value):
         return np.ascontiguousarray(value).tobytes()
     return repr(value).encode()
 
-
 def read_npz(path):
     side = fid.open_side(Path(path), None)
     return list(side.batches(4)) if side.batches else side.moments
-
 
 READERS = {  # file: how it is read, and whether a change can go unnoticed
     "weights.pt": (lambda path: tok.read_weights(path)[0], False),
@@ -1880,7 +1762,6 @@ READERS = {  # file: how it is read, and whether a change can go unnoticed
     "a.png": (lambda path: tok.read_picture(path, "center", 32), True),
     "a.jpg": (lambda path: tok.read_picture(path, "center", 32), True),
 }
-
 
 def test_damaged_files(trained, workplace):
     """Each file that is read, damaged in 40 ways: refused in one line that names it, or without
@@ -1919,7 +1800,6 @@ def test_damaged_files(trained, workplace):
     print("damage without notice, of 40:", unnoticed)
     assert not any(count for name, count in unnoticed.items() if not READERS[name][1]), unnoticed
 
-
 def test_hostile_files(workplace, capsys):
     with tok.zipfile.ZipFile("outside.pt", "w") as archive:
         archive.writestr("../evil", b"x")
@@ -1934,7 +1814,6 @@ def test_hostile_files(workplace, capsys):
         with pytest.raises(tok.UserError, match=path):
             read(path)
     assert not Path("../evil").exists()
-
 
 def test_extreme_numbers(model):
     """Guidance of a million, temperatures near 0, logits that are far apart: always a token that
@@ -1952,7 +1831,6 @@ def test_extreme_numbers(model):
         tokens = generate(model, LABELS, scale, 1.0, 1.0)
         assert ((tokens >= 0) & (tokens < 32)).all()
 
-
 @pytest.mark.parametrize("grid_size", [1, 2, 32, 48])
 def test_grids(grid_size):
     config = dataclasses.replace(TINY, grid_size=grid_size, width=8, depth=1, heads=1, mlp_width=8,
@@ -1963,12 +1841,10 @@ def test_grids(grid_size):
     loss, _ = rar.training_loss(model, tokens, torch.tensor([1]), sample_orders(1, T, 1))
     assert loss.isfinite()
 
-
 EDGES = ["0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", str(2**31),
          str(2**63), "-" * 3, "", " ", "x", "\u00e9\U0001f980", "x" * 300, ".", "runs",
          "runs/shapes-tiny", "rubbish", "photos", "1,2,3,4", "0,0,16,32", "0,0,9" + "9" * 20 + ",1",
          "heart", "raster"]
-
 
 def test_fuzz(trained, photographs, capsys, monkeypatch):
     """Every flag of every command at edge values, and every reader on random bytes: an exit code of
