@@ -1152,8 +1152,12 @@ def test_random_orders_of_images():
     fixed = rar.image_orders(dataclasses.replace(config, order="spiral_in"), [0, 1])
     assert torch.equal(fixed, scan_order("spiral_in", 4).expand(2, 16))
 
-def test_gif(trained):
-    assert rar.main([*NPZ, "--order", "random", "--gif", "--out", "x.png"]) == 0
+def test_gif(trained, capsys):
+    arguments = [*NPZ, "--order", "random", "--out"]
+    assert rar.main([*arguments, "x.png.parts/"]) == 0  # as if stopped when all were drawn
+    capsys.readouterr()
+    assert rar.main([*arguments, "x.png", "--gif"]) == 0
+    assert "to make" not in capsys.readouterr().out
     with Image.open("x.gif") as animation, Image.open("x.png") as grid:
         assert animation.n_frames == 65 and animation.size == grid.size
         arrived = []
