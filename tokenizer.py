@@ -1558,8 +1558,7 @@ class Samples:
             return False
         if not same and self.kind != ".png":  # the parts of a grid are nobody's
             made = self.path if file == self.path else self.store
-            raise UserError(f"{made} was made with other settings: remove it, or name another "
-                            "--out")
+            raise UserError(f"{made} was made with other settings: remove it or name another --out")
         return same
 
     def put(self, numbers, images):
