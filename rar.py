@@ -396,12 +396,17 @@ def image_uniforms(seed, numbers, length):
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
-def image_orders(config, numbers):
-    """Orders (B, T) of the images of these numbers: one scan for all, or "random", each its own."""
+def image_orders(config, numbers, known=None):
+    """Orders (B, T) of the images of these numbers: one scan for all, or "random", each its own.
+    The cells of tokens that are known, (T,) or else -1, come first, otherwise as they were."""
     T = config.grid_size**2
     if config.order == "random":  # by the second T uniforms: the first decide the draws
-        return image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1, stable=True)
-    return scan_order(config.order, config.grid_size).expand(len(numbers), T)
+        orders = image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1, stable=True)
+    else:
+        orders = scan_order(config.order, config.grid_size).expand(len(numbers), T)
+    if known is not None:
+        orders = orders.gather(1, (known[orders] < 0).int().argsort(dim=1, stable=True))
+    return orders
 
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     """Yield, batch by batch, image numbers (B,), their tokens (B, T) and their orders (B, T), for
@@ -412,13 +417,9 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     device, loop = model.cls_token.device, recorded(draw_slots)
     with tqdm(total=len(numbers), desc="sampling", unit=" pictures", leave=False) as bar:
         for part in numbers.split(config.micro_batch) if len(numbers) else ():
-            orders = image_orders(config, part.tolist())                    # (B, T)
+            orders = image_orders(config, part.tolist(), known)             # (B, T)
             uniforms = image_uniforms(config.seed, part.tolist(), orders.shape[1])
-            given = None
-            if known is not None:
-                # known cells first, otherwise as they were
-                orders = orders.gather(1, (known[orders] < 0).int().argsort(dim=1, stable=True))
-                given = known.expand_as(orders).to(device)
+            given = None if known is None else known.expand_as(orders).to(device)
             with autocast:
                 tokens = generate(
                     model, labels[part].to(device), config.scale, config.power, config.temperature,
@@ -606,24 +607,18 @@ def sample_command(args, knobs, device, autocast):
     settings = {name: getattr(config, name) for name in SAMPLING} | {
         "classes": classes, "precision": args.precision,
         "weights": tok.digest_of(model), "tokenizer": tok.digest_of(tokenizer)}
-    known, before = None, []
+    known = before = None
     if args.complete:
-        known, before = tok.known_tokens(args.complete, args.keep, tokenizer)   # (T,), (2, 3, H, W)
+        known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
         settings["known"] = known.tolist()
     check_order(config, tok.read_config(folder, config).order, known)
     samples = tok.Samples(args.out, folder, count, tokenizer.image_size, settings, args.gif)
-    arrivals = []
-    for numbers, tokens, orders in sample_tokens(model, labels, config, autocast, samples.missing,
-                                                 known):
+    for numbers, tokens, _ in sample_tokens(model, labels, config, autocast, samples.missing,
+                                            known):
         samples.put(numbers, tokenizer.decode(tokens))
-        if args.gif:  # alone: memory must not grow with the number of pictures
-            arrivals.append((tokens.cpu(), orders))
     names = config.class_names or range(config.num_classes)
     names = [names[c] for c in (labels if args.complete else classes)]
-    samples.finish(names, before)
-    if args.gif:
-        tok.save_gif(samples.path.with_suffix(".gif"), tokenizer,
-                     *(torch.cat(parts) for parts in zip(*arrivals)), names)
+    samples.finish(names, before, image_orders(config, range(count), known) if args.gif else None)
     source = args.model or args.weights or folder
     print(f"{samples.path}: {count:,} pictures by {source}, seed {config.seed}")
 

@@ -53,7 +53,6 @@ TOKENS = torch.tensor([[27, 20, 16, 8, 9, 1, 2, 0, 5, 26, 20, 29, 16, 19, 31, 23
 LABELS = torch.tensor([2, 6, 7])
 RASTER = torch.arange(16).expand(3, 16)
 
-
 def closed_form(model):
     """Fill the model with weights that depend on nothing but names, shapes and a sine."""
     state, is_tokenizer = model.state_dict(), isinstance(model, tok.MaskGITVQGAN)
@@ -71,14 +70,11 @@ def closed_form(model):
     model.load_state_dict(state)
     return model
 
-
 @pytest.fixture
 def model():
     return closed_form(RAR(TINY)).eval()
 
-
 # ---- The published model -------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name, label, orders, expected", [
     ("logits_raster", None, RASTER, [(1.118814, -0.352126, -1.152376, 0.002458),
@@ -101,7 +97,6 @@ def test_logits(model, name, label, orders, expected):
         golden = np.load(GOLDEN / "rar.npz")[name][:, :-1]  # theirs has an unused last slot
         assert np.abs(logits.numpy() - golden).max() < 5e-6
 
-
 GRADIENT_NORMS = {
     "cls_token": 0.06384297460317612, "pos_embed": 0.3264736533164978,
     "target_aware_pos_embed": 0.3116339147090912, "timesteps_embeddings": 0.2637688219547272,
@@ -110,7 +105,6 @@ GRADIENT_NORMS = {
     "blocks.2.adaLN_modulation.1.weight": 0.37690895795822144,
     "adaln_before_head.adaLN_modulation.1.weight": 0.3427542746067047,
     "embeddings.weight": 0.4306204915046692, "lm_head.weight": 1.2387397289276123}
-
 
 def test_gradients(model):
     loss, _ = rar.training_loss(model, TOKENS, LABELS, ORDERS)
@@ -123,7 +117,6 @@ def test_gradients(model):
     for name, parameter in model.named_parameters():
         if name in expected:
             assert parameter.grad.norm().item() == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
-
 
 def test_eight_updates(model):
     losses = [3.7287747859954834, 3.7287747859954834, 3.6020171642303467, 3.3536508083343506,
@@ -147,7 +140,6 @@ def test_eight_updates(model):
         assert loss.item() == pytest.approx(losses[step], rel=1e-6)
         assert norm.item() == pytest.approx(norms[step], rel=1e-5)
 
-
 @pytest.mark.parametrize("scale, power, expected", [
     (0, 0, [[22, 27, 19, 17, 26, 27, 8, 10, 20, 15, 27, 12, 30, 10, 12, 1],
             [22, 1, 20, 10, 21, 20, 10, 10, 20, 10, 27, 0, 24, 5, 5, 23],
@@ -165,7 +157,6 @@ def test_greedy_generation(model, scale, power, expected, predict):
     tokens = generate(model, LABELS, scale, power, 0, predict=predict).tolist()
     assert [row[:len(wanted)] for row, wanted in zip(tokens, expected)] == expected
 
-
 @pytest.mark.parametrize("name, count", [
     ("RAR-S", 133_344_256), ("RAR-B", 260_923_648), ("RAR-L", 461_668_352),
     ("RAR-XL", 955_425_024), ("RAR-XXL", 1_498_520_704)])
@@ -178,7 +169,6 @@ def test_sizes(name, count):
     if released.exists() and key in (keys := json.loads(released.read_text())):
         assert {n: list(p.shape) for n, p in model.state_dict().items()} == keys[key]
 
-
 def test_first_loss_is_that_of_the_released_initialisation():
     """At width 768 the head of std 0.02 sees normalised inputs: ln V + 768 * 0.02^2 / 2."""
     torch.manual_seed(0)
@@ -188,9 +178,7 @@ def test_first_loss_is_that_of_the_released_initialisation():
     loss, _ = rar.training_loss(model, tokens, torch.arange(4), orders)
     assert loss.item() == pytest.approx(math.log(1024) + 768 * 0.02**2 / 2, abs=0.02)
 
-
 # ---- The idea ------------------------------------------------------------------------------------
-
 
 def test_randomness():
     assert rar.randomness(0, 125_000, 187_500) == rar.randomness(125_000, 125_000, 187_500) == 1
@@ -199,7 +187,6 @@ def test_randomness():
     assert all(rar.randomness(step, 0, 0) == 0 for step in range(10))       # plain raster
     assert all(rar.randomness(step, 10, 10) == 1 for step in range(10))     # always random
 
-
 def test_learning_rate():
     rates = [rar.learning_rate(step, 8, 2, 4e-4, 1e-5) for step in range(8)]
     assert rates == pytest.approx([0, 2e-4, 4e-4, 3.73874954e-4, 3.025e-4, 2.05e-4, 1.075e-4,
@@ -207,14 +194,12 @@ def test_learning_rate():
     assert rar.learning_rate(8, 8, 2, 4e-4, 1e-5) == pytest.approx(1e-5)
     assert rar.learning_rate(0, 8, 0, 4e-4, 1e-5) == 4e-4
 
-
 def test_guidance_weight():
     weights = [rar.guidance_weight(t, 256, 16, 2.75) for t in range(256)]
     assert weights[0] == 1 and weights == sorted(weights)
     assert weights[-2:] == pytest.approx([15.98315514, 15.99575865])
     assert {rar.guidance_weight(t, 256, 4, 0) for t in range(256)} == {4}
     assert rar.guidance_weight(128, 256, 9, 1) == pytest.approx(5)
-
 
 def test_sample_orders_draws_for_each_sample():
     orders = sample_orders(4000, 6, 0.6, rng=np.random.default_rng(0))
@@ -229,7 +214,6 @@ def test_sample_orders_draws_for_each_sample():
     spiral = scan_order("spiral_in", 4)
     assert (sample_orders(3, 16, 0, spiral) == spiral).all()
 
-
 def test_scan_orders():
     def ranks(name):
         return scan_order(name, 4).argsort().view(4, 4).tolist()
@@ -241,15 +225,13 @@ def test_scan_orders():
     assert ranks("z_curve") == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert ranks("subsample") == [[0, 4, 1, 5], [8, 12, 9, 13], [2, 6, 3, 7], [10, 14, 11, 15]]
     for name in ("raster", "alternate", "spiral_in", "spiral_out", "z_curve", "subsample"):
-        for n in (1, 2, 3, 5, 8):
+        for n in (1, 2, 3, 5, 8, 32, 48):
             assert sorted(scan_order(name, n).tolist()) == list(range(n * n))
-
 
 @needs_golden
 def test_scan_orders_of_the_paper():
     for name, grid in json.loads((GOLDEN / "scan_orders.json").read_text()).items():
         assert scan_order(name, 16).argsort().view(16, 16).tolist() == grid
-
 
 def test_target_embedding_tells_permutations_apart(model):
     """The paper's Fig. 3: two orders that share their first tokens but not the cell to predict."""
@@ -264,7 +246,6 @@ def test_target_embedding_tells_permutations_apart(model):
     logits = model(tokens, LABELS[:1].repeat(2), torch.stack([first, second]))
     assert torch.allclose(logits[0, 4], logits[1, 4], atol=1e-6)
 
-
 def test_model_is_causal(model):
     """Changing the token at slot i leaves the predictions up to slot i alone."""
     before = model(TOKENS, LABELS, ORDERS)
@@ -274,9 +255,7 @@ def test_model_is_causal(model):
     assert torch.allclose(before[:, :6], after[:, :6], atol=1e-6)
     assert ((before[:, 6:] - after[:, 6:]).abs().amax(-1) > 1e-5).all()
 
-
 # ---- Sampling ------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("scale, power", [(0, 0), (3.0, 1.0)])
 @pytest.mark.parametrize("target_aware", [True, False])
@@ -293,8 +272,7 @@ def test_fast_paths_give_the_same_tokens(scale, power, target_aware):
                  predict=predict) for predict in (rar.all_slots, rar.newest_slot, rar.tabled_slots))
     assert (cached == slow).all(dim=1).float().mean() >= 0.99
     assert (fast == slow).all(dim=1).float().mean() >= 0.99
-    assert (slow == known)[known >= 0].all()
-
+    assert all((tokens == known)[known >= 0].all() for tokens in (slow, cached, fast))
 
 @pytest.mark.parametrize("predict", [rar.newest_slot, rar.tabled_slots])
 def test_nothing_is_read_back_from_the_device_while_tokens_are_drawn(predict, monkeypatch):
@@ -310,7 +288,6 @@ def test_nothing_is_read_back_from_the_device_while_tokens_are_drawn(predict, mo
         with pytest.raises(RuntimeError):  # this one does look
             generate(model, row, 0, 0, 1.0)
 
-
 def test_generated_tokens_follow_the_model(model):
     """Teacher-forced on its own sample, the model must cumulate to the uniforms that were used."""
     uniforms = torch.rand(3, 16)
@@ -320,7 +297,6 @@ def test_generated_tokens_follow_the_model(model):
     upper = cumulative.gather(-1, drawn)[..., 0]
     lower = F.pad(cumulative, (1, 0)).gather(-1, drawn)[..., 0]
     assert ((lower <= uniforms + 1e-5) & (uniforms <= upper + 1e-5)).all()
-
 
 def test_image_does_not_depend_on_its_batch(model):
     uniforms = rar.image_uniforms(7, range(20), 16)
@@ -332,18 +308,10 @@ def test_image_does_not_depend_on_its_batch(model):
                        for i in range(0, 20, 5)])
     assert torch.equal(together, apart)
 
-
-def test_known_tokens_stay(model):
-    known = torch.full((3, 16), -1)
-    known.scatter_(1, ORDERS[:, :6], TOKENS.gather(1, ORDERS[:, :6]))
-    uniforms = torch.rand(3, 16)
-    tokens = generate(model, LABELS, 2.0, 0, 1.0, uniforms=uniforms, orders=ORDERS, known=known)
-    assert (tokens == TOKENS)[known >= 0].all()
-    free = generate(model, LABELS, 2.0, 0, 1.0, uniforms=uniforms, orders=ORDERS)
-    assert not torch.equal(tokens, free)
+def test_known_tokens_come_first(model):
+    known = torch.full((3, 16), -1).scatter_(1, ORDERS[:, :6], 7)
     with pytest.raises(ValueError, match="first"):
         generate(model, LABELS, 0, 0, 1.0, orders=ORDERS.flip(1), known=known)
-
 
 def test_draw():
     logits = torch.log(torch.tensor([[0.2, 0.0, 0.5, 0.3, 0.0]]))
@@ -351,13 +319,8 @@ def test_draw():
              for u in (0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-24)]
     assert draws == [0, 0, 2, 2, 3, 3]  # never a token of probability 0, at neither end
     assert rar.draw(logits, 0, None).item() == 2
-    hot = rar.draw(logits.repeat(20_000, 1), 1.0, torch.rand(20_000))
-    assert (torch.bincount(hot, minlength=5) / 20_000).tolist() == pytest.approx(
-        [0.2, 0, 0.5, 0.3, 0], abs=0.02)
-
 
 # ---- Training ------------------------------------------------------------------------------------
-
 
 def test_draw_batch_is_a_function_of_seed_and_step():
     config = dataclasses.replace(TINY, batch=8, label_dropout=0.5, seed=3, steps=10)
@@ -377,7 +340,6 @@ def test_draw_batch_is_a_function_of_seed_and_step():
     assert len(set(visits[:20])) == len(set(visits[20:])) == 20
     assert visits[:20].tolist() != visits[20:].tolist()
 
-
 def test_micro_batches_add_up_to_the_batch(model):
     rows = np.concatenate([LABELS[:, None], TOKENS], axis=1).astype(np.uint16).repeat(4, axis=0)
     weights = []
@@ -391,21 +353,10 @@ def test_micro_batches_add_up_to_the_batch(model):
         assert line["r"] == 1 and line["lr"] == config.lr
     assert torch.allclose(*weights, atol=2e-6)
 
-
-def test_config_refuses_nonsense():
-    for wrong in ({"depth": 0}, {"heads": 5}, {"dropout": 1.0}, {"temperature": -1.0},
-                  {"lr": math.nan}, {"anneal": (0.8, 0.5)}, {"anneal": (0.0, 1.5)}):
-        with pytest.raises(tok.UserError, match="--"):
-            dataclasses.replace(PRESETS["tiny"], **wrong)
-
-
 # ---- Pictures and their tokens -------------------------------------------------------------------
 
-
 def shapes(count):
-    images = np.stack([tok.draw_shape(i) for i in range(count)])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
+    return tok.to_float(np.stack([tok.draw_shape(i) for i in range(count)]))
 
 def test_shapes():
     images = shapes(40)
@@ -415,7 +366,6 @@ def test_shapes():
     assert ink.min() > 0.03 and ink.max() < 0.7
     assert (images[:, :, 0, 0] - ground[:, 0, 0]).abs().max() < 0.01    # nothing is cut off there
     assert len(tok.SHAPES) == 10 and len({tok.draw_shape(i).tobytes() for i in range(40)}) == 40
-
 
 def test_patch_tokenizer(tmp_path):
     images = shapes(400)
@@ -436,11 +386,9 @@ def test_patch_tokenizer(tmp_path):
     assert torch.equal(again.encode(images), tokenizer.encode(images))
     assert torch.equal(again.decode(tokens), decoded)
 
-
 def test_pixels_are_truncated():
     images = torch.tensor([0.0, 0.999, 1.0, 1.7, -0.2, 0.5]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert tok.to_uint8(images)[0, 0, :, 0].tolist() == [0, 254, 255, 255, 0, 127]
-
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "file"
@@ -451,13 +399,11 @@ def test_a_file_is_whole_or_not_there(tmp_path):
             raise KeyboardInterrupt
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
-
 # ---- The command line ----------------------------------------------------------------------------
 
 TRAIN = ["train", "--steps", "6", "--save-every", "4", "--log-every", "1", "--batch", "16",
          "--width", "32", "--depth", "1", "--mlp-width", "64", "--codebook-size", "32",
          "--device", "cpu", "--dropout", "0.1"]
-
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
@@ -467,12 +413,21 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(tok, "SHAPES_HELD_OUT", 20)
     return tmp_path
 
-
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")}
             for line in lines]
 
+def at_step(monkeypatch, number, do):
+    """Have the next training do something before update `number`."""
+    step_of = rar.train_step
+
+    def train_step(network, optimizer, config, batch, step, autocast):
+        if step + 1 == number:
+            do()
+        return step_of(network, optimizer, config, batch, step, autocast)
+
+    monkeypatch.setattr(rar, "train_step", train_step)
 
 def test_train_sample_eval(workplace, capsys):
     assert rar.main(TRAIN) == 0
@@ -495,10 +450,8 @@ def test_train_sample_eval(workplace, capsys):
     assert "is finished: 6 updates" in capsys.readouterr().out
 
     assert rar.main(["sample", "--count", "13", "--out", "a.png"]) == 0
-    assert rar.main(["sample", "--count", "13", "--out", "b.png", "--micro-batch", "13"]) == 0
-    assert rar.main(["sample", "--count", "13", "--out", "c.png", "--seed", "2"]) == 0
-    a, b, c = (Path(name).read_bytes() for name in ("a.png", "b.png", "c.png"))
-    assert a == b != c
+    assert rar.main(["sample", "--count", "13", "--out", "b.png", "--seed", "2"]) == 0
+    assert Path("a.png").read_bytes() != Path("b.png").read_bytes()
     assert rar.main(["sample", "--classes", "heart", "3", "--order", "spiral_in"]) == 0
     assert rar.main(["sample", "--weights", "runs/shapes-tiny/weights.pt", "--scale", "0"]) == 0
     assert (run / "samples-1.png").exists() and (run / "samples-2.png").exists()
@@ -509,19 +462,11 @@ def test_train_sample_eval(workplace, capsys):
     assert f"{lines[-1]['final_order_bits']:.3f} bits/token in raster order" in printed
     assert f"{lines[-1]['random_order_bits']:.3f} bits/token in random order" in printed
 
-
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert rar.main([*TRAIN, "--out", "whole"]) == 0
-    step_of = rar.train_step
-
-    def interrupted(model, optimizer, config, rows, step, autocast):
-        if step + 1 == stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step_of(model, optimizer, config, rows, step, autocast)
-
     with monkeypatch.context() as patch:
-        patch.setattr(rar, "train_step", interrupted)
+        at_step(patch, stop_after, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert rar.main([*TRAIN, "--out", "parts"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert log_of(Path("parts"))[-1]["step"] == stop_after
@@ -530,7 +475,6 @@ def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert log_of(Path("whole")) == log_of(Path("parts"))
     assert Path("whole/step-000006.png").read_bytes() == Path("parts/step-000006.png").read_bytes()
-
 
 def test_checkpoints(workplace, capsys):
     """The last two are kept, every Nth, and the one where annealing begins; each can be sampled; an
@@ -562,7 +506,6 @@ def test_checkpoints(workplace, capsys):
         path.write_bytes(b"")
     assert "checkpoint-0000003.pt" in refused([*train, "4"], capsys)
 
-
 @pytest.mark.parametrize("wrong", ["loss", "gradient_norm"])
 def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, wrong):
     step_of = rar.train_step
@@ -578,7 +521,6 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, capsys, monkeypatch, 
     state = tok.read_tensors("runs/shapes-tiny/weights.pt")
     assert all(tensor.isfinite().all() for tensor in state.values())
 
-
 def test_a_compiled_model_learns_the_same(workplace, monkeypatch):
     """Losses and weights up to rounding, and weights of the same names. (The compiler's last stage,
     which takes most of its time, is left out.)"""
@@ -592,7 +534,6 @@ def test_a_compiled_model_learns_the_same(workplace, monkeypatch):
     assert all(torch.allclose(plain[name], compiled[name], atol=1e-4) for name in plain
                if "k_norm.bias" not in name)
 
-
 def test_recompute_gives_the_same_gradients():
     config = dataclasses.replace(TINY, dropout=0.3)
     gradients = []
@@ -603,20 +544,15 @@ def test_recompute_gives_the_same_gradients():
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
-
 def test_resume_after_a_kill(workplace, monkeypatch):
     """Killed without warning after a checkpoint: what was logged since is made and logged again."""
     assert rar.main([*TRAIN, "--out", "whole"]) == 0
 
-    step_of = rar.train_step
-
-    def killed(model, optimizer, config, rows, step, autocast):
-        if step == 5:
-            raise SystemError("as if killed")
-        return step_of(model, optimizer, config, rows, step, autocast)
+    def kill():
+        raise SystemError("as if killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rar, "train_step", killed)
+        at_step(patch, 6, kill)
         with pytest.raises(SystemError):
             rar.main([*TRAIN, "--out", "parts"])
     assert log_of(Path("parts"))[-1]["step"] == 5
@@ -624,7 +560,6 @@ def test_resume_after_a_kill(workplace, monkeypatch):
         log.write('5\n{"step": "x"}\n[]\n{"step": 5, "lo')
     assert rar.main([*TRAIN, "--out", "parts"]) == 0
     assert log_of(Path("whole")) == log_of(Path("parts"))
-
 
 def refused(arguments, capsys, last_line=False, main=rar.main):
     """Run a command that must fail: exit code 2, one line on stderr (or as its end). Returns it."""
@@ -637,7 +572,6 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     line = error.split("\r")[-1]  # after a progress bar that wiped itself away
     assert line.startswith("error: "), error
     return line
-
 
 @pytest.mark.parametrize("arguments, named", [
     (["train", "--data", "nowhere"], "--data nowhere"),
@@ -652,6 +586,9 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     (["train", "--lr", "nan"], "--lr"),
     (["train", "--seed", "-1"], "--seed"),
     (["train", "--heads", "3"], "--heads 3"),
+    (["train", "--depth", "0"], "--depth"),
+    (["train", "--dropout", "1.0"], "--dropout"),
+    (["train", "--anneal", "0.0", "1.5"], "--anneal"),
     (["train", "--anneal", "0.9", "0.1"], "--anneal"),
     (["train", "--widht", "64"], "--widht"),
     (["train", "--out", "file/run"], "file/run"),
@@ -659,7 +596,7 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     (["train", "--codebook-size", "60000"], "--codebook-size 60000"),
     (["sample"], "python rar.py train"),
     (["sample", "--weights", "missing.pt"], "missing.pt"),
-    (["sample", "--weights", "file"], "file"),
+    (["sample", "--weights", "file"], "file is not a PyTorch file of tensors"),
     (["eval", "--weights", "file"], "file"),
     (["eval", "--weights", "missing"], "missing"),
     ([], "train"),
@@ -669,7 +606,6 @@ def test_mistakes(workplace, capsys, arguments, named):
     Path("file").write_text("not a checkpoint")
     assert named in refused(arguments, capsys)
     assert os.listdir(workplace) == ["file"]
-
 
 def test_mistakes_with_a_run(workplace, capsys):
     assert rar.main([*TRAIN, "--out", "runs/a"]) == 0
@@ -699,11 +635,8 @@ def test_mistakes_with_a_run(workplace, capsys):
     assert sorted(os.listdir(run)) == before
 
     weights = (run / "weights.pt").read_bytes()
-    flipped = bytearray(weights)
-    flipped[len(weights) // 2] ^= 1
-    for damaged in (weights[:1000], weights[:-100], flipped, b""):
-        (run / "weights.pt").write_bytes(damaged)
-        assert "weights.pt" in refused(["sample"], capsys)
+    (run / "weights.pt").write_bytes(weights[:-100])
+    assert "weights.pt" in refused(["sample"], capsys)
     assert rar.main([*TRAIN, "--out", "runs/a"]) == 0  # which makes weights.pt anew
     assert (run / "weights.pt").read_bytes() == weights
     for number in (3, 4):
@@ -730,26 +663,13 @@ def test_mistakes_with_a_run(workplace, capsys):
     (run / "config.json").write_text("{")
     assert "config.json" in refused(arguments, capsys)
 
-
-def test_code_in_a_checkpoint_is_not_run(workplace, capsys):
-    class Hostile:
-        def __reduce__(self):
-            return Path.touch, (Path("executed"),)
-
-    torch.save({"model": Hostile()}, "hostile.pt")
-    assert "hostile.pt" in refused(["sample", "--weights", "hostile.pt"], capsys)
-    assert not Path("executed").exists()
-
-
 # ---- Photographs ---------------------------------------------------------------------------------
-
 
 def paint(path, size=(70, 80), mode="RGB", seed=0, **options):
     """A picture file of smooth colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8)
     Image.fromarray(coarse).resize(size, Image.BICUBIC).convert(mode).save(path, **options)
-
 
 @pytest.fixture
 def photographs(workplace):
@@ -758,11 +678,9 @@ def photographs(workplace):
         paint(workplace / "photos" / ("cats", "dogs")[i % 2] / f"{i:02}.png", seed=i)
     return workplace / "photos"
 
-
 SMALL = ["train", "--data", "photos", "--grid-size", "8", "--codebook-size", "64", "--width", "32",
          "--depth", "1", "--heads", "2", "--mlp-width", "64", "--steps", "4", "--save-every", "2",
          "--log-every", "1", "--device", "cpu"]
-
 
 def test_center_crop_and_ten_crop():
     x, y = np.meshgrid(np.arange(120), np.arange(90))
@@ -775,7 +693,6 @@ def test_center_crop_and_ten_crop():
     for crop, (top, left) in zip(crops[5:], [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]):
         assert np.array_equal(crop, whole[:, ::-1][top:top + 80, left:left + 80])
     assert tok.center_crop(picture, 20).shape == (20, 20, 3)
-
 
 @needs_golden
 def test_crops_are_the_authors():
@@ -792,7 +709,6 @@ def test_crops_are_the_authors():
         assert sha(tok.center_crop(picture, 256)) == expected["center256_sha256"]
         assert [sha(crop) for crop in tok.ten_crop(picture, 256)] == expected["tencrop_sha256"]
 
-
 def test_shortcut_of_the_published_tokenizer_skips_the_input():
     block = tok.ResidualBlock(32, 64)
     x = torch.randn(1, 32, 4, 4)
@@ -800,15 +716,13 @@ def test_shortcut_of_the_published_tokenizer_skips_the_input():
         block.conv2.weight.zero_()
     assert (block(x) == 0).all()
 
-
-def test_published_tokenizer(tmp_path):
+def test_published_tokenizer():
     with torch.device("meta"):
         tokenizer = tok.MaskGITVQGAN()
     assert sum(p.numel() for p in tokenizer.parameters()) == 54_515_587
     if GOLDEN.exists():
         shapes = {name: list(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
         assert shapes == json.loads((GOLDEN / "tokenizer_keys.json").read_text())
-
 
 @needs_golden
 def test_published_tokenizer_on_photographs(tmp_path):
@@ -826,7 +740,6 @@ def test_published_tokenizer_on_photographs(tmp_path):
         cells = tokenizer.quantize.embedding(codes[:1]).transpose(1, 2).unflatten(2, (16, 16))
         decoded = tokenizer.decoder(cells).numpy()
     assert np.abs(decoded - golden["decoded_unclamped"][:1]).max() < 2.5e-3
-
 
 def test_pictures_in_the_wild(tmp_path, monkeypatch):
     folder = tmp_path / "wild"
@@ -862,7 +775,6 @@ def test_pictures_in_the_wild(tmp_path, monkeypatch):
     assert read["moving.gif"][0, 0, 0].tolist() == [255, 0, 0]
     assert 100 < read["deep.png"].mean() < 155 and read["deep.png"].max() > 230
 
-
 def test_train_on_photographs(photographs, capsys):
     assert rar.main(SMALL) == 0
     first, *_ = capsys.readouterr().out.splitlines()
@@ -890,7 +802,6 @@ def test_train_on_photographs(photographs, capsys):
     newest.write_bytes(damaged)
     assert newest.name in refused([*SMALL, "--out", "third"], capsys)
 
-
 def test_eval_of_weights_from_elsewhere(photographs, capsys):
     """Weights and a tokenizer, and nothing else of a run: as with the released files."""
     assert rar.main(SMALL) == 0
@@ -904,7 +815,6 @@ def test_eval_of_weights_from_elsewhere(photographs, capsys):
     assert f"{own:.3f} bits/token in raster order" in capsys.readouterr().out
     assert "10 classes, the model 2" in refused([*arguments[:3], "--data", "shapes"], capsys)
 
-
 def test_fine_tuning(photographs, capsys):
     assert rar.main([*SMALL, "--out", "first"]) == 0
     for i in range(20):
@@ -915,7 +825,6 @@ def test_fine_tuning(photographs, capsys):
     assert "does not fit" in refused(
         [*SMALL, "--out", "third", "--init", "first", "--width", "64"], capsys)
     assert not Path("third").exists()
-
 
 def test_val_folder_and_layout_mistakes(workplace, capsys):
     assert "DIR/train/CLASS" in refused(["train", "--data", "imagenet"], capsys)
@@ -931,7 +840,6 @@ def test_val_folder_and_layout_mistakes(workplace, capsys):
     assert train == [(0, Path("d/train/cats/a.png"))]
     assert held_out == [(0, Path("d/val/cats/a.png"))]
     assert "--crops zoom" in refused(["train", "--data", "d", "--crops", "zoom"], capsys)
-
 
 def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
     rar.main([*SMALL, "--out", "run", "--steps", "1"])
@@ -956,7 +864,6 @@ def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
     assert Path("parts.npy").read_bytes() == Path("whole.npy").read_bytes()
     assert np.load("parts.npy").shape == (400, 65)
 
-
 def test_unreadable_pictures_are_skipped_but_not_many(photographs, capsys):
     for i in range(10):
         (photographs / "cats" / f"x{i}.png").write_text("broken")
@@ -967,7 +874,6 @@ def test_unreadable_pictures_are_skipped_but_not_many(photographs, capsys):
         (photographs / "cats" / f"x{i}.png").write_text("broken")
     assert "can't be read" in refused(
         [*SMALL, "--out", "run2"], capsys, last_line=True)
-
 
 def test_the_authors_token_file(workplace, capsys):
     random = np.random.default_rng(0)
@@ -990,7 +896,6 @@ def test_the_authors_token_file(workplace, capsys):
     assert "--tokenizer" in refused(["train", "--data", "maskgitvq.jsonl", "--tokenizer", "patch",
                                      "--depth", "1"], capsys)
 
-
 def test_reconstruct(photographs, capsys):
     assert rar.main([*SMALL, "--out", "run", "--steps", "1"]) == 0
     pictures = ["photos/cats/00.png", "photos/dogs/01.png"]
@@ -1002,13 +907,10 @@ def test_reconstruct(photographs, capsys):
     for arguments, named in [(["nowhere", "--out", "a.png"], "nowhere"),
                              ([pictures[0], "--out", "a.jpg"], "--out"),
                              ([pictures[0], "--out", "a.png", "--tokenizer", "b.bin"], "b.bin")]:
-        capsys.readouterr()
-        assert tok.main(["reconstruct", "--tokenizer", "run", *arguments]) == 2
-        assert named in capsys.readouterr().err
-
+        assert named in refused(["reconstruct", "--tokenizer", "run", *arguments], capsys,
+                                main=tok.main)
 
 # ---- Released files and many samples -------------------------------------------------------------
-
 
 @pytest.fixture
 def hub(workplace, monkeypatch):
@@ -1038,7 +940,6 @@ def hub(workplace, monkeypatch):
     yield hub
     server.shutdown()
     server.server_close()
-
 
 def test_fetch(hub, workplace):
     torch.save({"x": torch.arange(100_000)}, "x.bin")
@@ -1073,7 +974,6 @@ def test_fetch(hub, workplace):
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
     assert "refused" in fails()
 
-
 def test_pretrained(hub, capsys, monkeypatch):
     """From two files on a hub to a grid, with the settings of the model's size."""
     config = dataclasses.replace(PRESETS["RAR-XL"], width=32, depth=1, heads=2, mlp_width=32,
@@ -1100,9 +1000,7 @@ def test_pretrained(hub, capsys, monkeypatch):
     assert rar.main(["sample", "--weights", "model", "--count", "1", "--out", "z.npz"]) == 0
     assert np.array_equal(np.load("z.npz")["arr_0"][0], images[0])
 
-
-def test_weights_survive_the_round_trip(workplace):
-    assert rar.main(TRAIN) == 0
+def test_weights_survive_the_round_trip(trained):
     model, config, folder = rar.load_model(None, {}, torch.device("cpu"))
     written = torch.load("runs/shapes-tiny/weights.pt", weights_only=True)
     assert written.keys() == dict(model.named_parameters()).keys()  # a state dict, nothing else
@@ -1114,8 +1012,11 @@ def test_weights_survive_the_round_trip(workplace):
         assert state.keys() == again.keys()
         assert all(torch.equal(state[name], again[name]) for name in state)
 
-
 def test_weights_that_do_not_fit(workplace, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (Path("executed"),)
+
     good = RAR(TINY).state_dict()
     without = {name: tensor for name, tensor in good.items() if name != "cls_token"}
     cases = {"missing": (without, "cls_token is missing"),
@@ -1124,22 +1025,19 @@ def test_weights_that_do_not_fit(workplace, capsys):
              "no_tensor": (good | {"cls_token": [1]}, "cls_token is ()"),
              "no_names": ([1, 2], "no dictionary"),
              "other": ({"a": torch.zeros(1)}, "no weights of"),
-             "module": (torch.nn.Linear(2, 2), "not a PyTorch file of tensors")}
+             "module": (torch.nn.Linear(2, 2), "not a PyTorch file of tensors"),
+             "hostile": ({"model": Hostile()}, "not a PyTorch file of tensors")}
     for name, (value, message) in cases.items():
         torch.save(value, f"{name}.bin")
         error = refused(["sample", "--weights", f"{name}.bin"], capsys)
         assert f"{name}.bin" in error and message in error
-    Path("page.bin").write_text("<html>Please log in</html>")
-    assert "page.bin is not a PyTorch file" in refused(["sample", "--weights", "page.bin"], capsys)
-
+    assert not Path("executed").exists()
 
 NPZ = ["sample", "--count", "23", "--device", "cpu"]
-
 
 @pytest.fixture
 def trained(workplace):
     assert rar.main(TRAIN) == 0
-
 
 def test_npz(trained, capsys):
     model, config, folder = rar.load_model(None, {"seed": 1}, torch.device("cpu"))
@@ -1164,7 +1062,6 @@ def test_npz(trained, capsys):
     assert rar.main([*NPZ, "--out", "newer/still/x.npz"]) == 0
     for name in ("8.npz", "new/folder"):
         assert "other settings" in refused([*NPZ, "--seed", "2", "--out", name], capsys)
-
 
 def test_sampling_goes_on_after_a_kill(trained, capsys, monkeypatch):
     """Ctrl-C after every other batch: no picture is made twice, and the file is the same."""
@@ -1191,50 +1088,46 @@ def test_sampling_goes_on_after_a_kill(trained, capsys, monkeypatch):
     assert rar.main(arguments) == 0  # it is there: nothing is made
     assert len(made) == 24
 
-
 def test_no_room_for_the_samples(trained, capsys, monkeypatch):
     usage = tok.shutil.disk_usage(".")
     monkeypatch.setattr(tok.shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
     assert "GB" in refused([*NPZ, "--out", "x.npz"], capsys)
 
-
-def torchrun(*arguments, patch=""):
-    """Run a command of rar.py in two processes that talk by gloo, after a patch of Python."""
+def launch(*arguments, processes=2, patch=""):
+    """Run a command in processes of its own, two of which talk by gloo, after a patch of Python."""
     Path("patched.py").write_text(f"""
-import os, signal, sys, rar, tokenizer as tok
+import os, signal, sys, threading, time, rar, tokenizer as tok
 tok.SHAPES_TRAIN, tok.SHAPES_HELD_OUT = 100, 20
 {patch}
-sys.exit(rar.main())
+sys.exit((tok if "encode" in sys.argv else rar).main())
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     places = {"PYTHONPATH": str(Path(rar.__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "patched.py", *arguments], capture_output=True, text=True,
-                          timeout=120, env=os.environ | places)
-
+    return subprocess.run(
+        [sys.executable, *(torchrun if processes > 1 else ()), "patched.py", *arguments],
+        capture_output=True, text=True, timeout=120, env=os.environ | places)
 
 def test_sampling_with_two_processes(trained):
     assert rar.main([*NPZ, "--micro-batch", "4", "--out", "one.npz"]) == 0
-    result = torchrun(*NPZ, "--micro-batch", "4", "--out", "two.npz")
+    result = launch(*NPZ, "--micro-batch", "4", "--out", "two.npz")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("23 pictures") == 2  # rank 0 alone talks: to make, made
     one, two = (np.load(name)["arr_0"] for name in ("one.npz", "two.npz"))
     assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.01
 
-
 def test_a_process_that_fails_ends_all(workplace):
     """One of two processes is given another learning rate."""
-    result = torchrun(*TRAIN, patch="sys.argv += ['--lr', '0.1'] * tok.RANK")
+    result = launch(*TRAIN, patch="sys.argv += ['--lr', '0.1'] * tok.RANK")
     assert result.returncode != 0
     assert "rank 1: error: this process has other flags than rank 0" in result.stderr
     assert not Path("runs/shapes-tiny/log.jsonl").exists()
-
 
 def test_training_with_two_processes_and_then_one(workplace):
     """Ten updates of batch 16, or of 8 in each of two processes, the second of which is stopped
     after five: the same losses and weights, orders, dropped labels and dropout included."""
     train = [*TRAIN, "--steps", "10", "--micro-batch", "8", "--out"]
     assert rar.main([*train, "one"]) == 0
-    result = torchrun(*train, "two", patch="""
+    result = launch(*train, "two", patch="""
 step_of = rar.train_step
 def train_step(network, optimizer, config, batch, step, autocast):
     assert len(batch[0]) == 8
@@ -1253,7 +1146,6 @@ rar.train_step = train_step
         if "k_norm.bias" not in name:  # has no gradient but noise
             assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
 
-
 def test_draws_follow_the_softmax(model):
     """20,000 first and second tokens of one class against the model's own probabilities."""
     uniforms = rar.image_uniforms(11, range(20_000), 16)
@@ -1269,7 +1161,6 @@ def test_draws_follow_the_softmax(model):
         counts = torch.bincount(drawn, minlength=32)
         assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
-
 def test_bench(workplace, capsys):
     """Figures that hang together: nothing is faster than its bound by much, or takes no time."""
     assert rar.main(["bench", "--model", "tiny", "--batch", "2", "--json", "b.json"]) == 0
@@ -1280,9 +1171,7 @@ def test_bench(workplace, capsys):
     assert 0 < result["decoded_images_per_second"] < images
     assert 0 < result["share_of_bound"] < 2 and 0 < result["training_utilisation"] < 2
 
-
 # ---- Any order -----------------------------------------------------------------------------------
-
 
 def test_random_orders_of_images():
     config = dataclasses.replace(TINY, order="random", seed=3)
@@ -1292,9 +1181,12 @@ def test_random_orders_of_images():
     fixed = rar.image_orders(dataclasses.replace(config, order="spiral_in"), [0, 1])
     assert torch.equal(fixed, scan_order("spiral_in", 4).expand(2, 16))
 
-
-def test_gif(trained):
-    assert rar.main([*NPZ, "--order", "random", "--gif", "--out", "x.png"]) == 0
+def test_gif(trained, capsys):
+    arguments = [*NPZ, "--order", "random", "--out"]
+    assert rar.main([*arguments, "x.png.parts/"]) == 0  # as if stopped when all were drawn
+    capsys.readouterr()
+    assert rar.main([*arguments, "x.png", "--gif"]) == 0
+    assert "to make" not in capsys.readouterr().out
     with Image.open("x.gif") as animation, Image.open("x.png") as grid:
         assert animation.n_frames == 65 and animation.size == grid.size
         arrived = []
@@ -1304,7 +1196,6 @@ def test_gif(trained):
             arrived.append((abs(pixels - 127).max(axis=2) > 3).mean())
         assert arrived[0] < arrived[1] < arrived[2]
         assert abs(pixels - np.asarray(grid)).mean() < 6  # but for the palette of a GIF
-
 
 def test_complete(trained, capsys):
     """Given tokens stay, pixels that are hidden don't leak into them, and only weights for any
@@ -1345,9 +1236,7 @@ def test_complete(trained, capsys):
     assert "nothing.png" in refused([*complete, "--keep", "0,0,32,16"], capsys)
     assert "--gif" in refused([*NPZ, "--gif", "--out", "x.npz"], capsys)
 
-
 # ---- fid.py --------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
@@ -1373,7 +1262,6 @@ def inception(tmp_path_factory):
     tok.write_tensors(path, {name: state[name] for name in names})
     return str(path)
 
-
 def synthetic(numbers, second=False):
     """Pictures (N, 256, 256, 3) from integers alone."""
     y, x, c = np.meshgrid(np.arange(256), np.arange(256), np.arange(3), indexing="ij")
@@ -1386,12 +1274,10 @@ def synthetic(numbers, second=False):
         pictures.append(p * 15 // 16 + 4 if second else p)
     return np.stack(pictures).astype(np.uint8)
 
-
 def far(values, expected):
     """The largest difference, relative to the largest value."""
     values, expected = np.asarray(values), np.asarray(expected)
     return np.abs(values - expected).max() / np.abs(expected).max()
-
 
 def test_resize_is_tensorflows():
     # 299 outputs of 2 inputs lie at 0, 2/299, ..., and from input 1 on there is nothing to blend in
@@ -1414,7 +1300,6 @@ def test_resize_is_tensorflows():
             golden = np.load(GOLDEN / "fid/resize.npz")[name + "__tf1_sub"]
             assert far(images[:, :, ::13, ::13], golden) < 1e-6
 
-
 def test_inception(inception):
     network = fid.load_inception(inception, torch.device("cpu"))
     outputs = [x.numpy() for x in network(torch.from_numpy(synthetic(range(8))))]
@@ -1433,7 +1318,6 @@ def test_inception(inception):
         for name, each in outputs.items():
             for x, kind in zip(each, ("pool", "spatial", "logits_unbiased")):
                 assert far(x, golden[f"{name}__tf64__{kind}"]) < 1e-4
-
 
 def test_inceptions_weights(inception, workplace, monkeypatch, capsys):
     state = tok.read_tensors(inception)
@@ -1464,7 +1348,6 @@ def test_inceptions_weights(inception, workplace, monkeypatch, capsys):
     assert "Mixed_6b.branch_pool.conv.weight is missing" in refused(
         ["some.npy", "--weights", "wrong.pth"], capsys, main=fid.main)
 
-
 def test_frechet_distance():
     def distance(*arrays):
         with warnings.catch_warnings():
@@ -1487,7 +1370,6 @@ def test_frechet_distance():
             assert distance(*arrays) == pytest.approx(float(cases[name + "__fd"]), rel=1e-7,
                                                       abs=1e-6 * np.trace(arrays[1]))
 
-
 def test_moments():
     """Means are a million times larger than deviations; the batches are of several sizes."""
     x = 1e6 + np.random.default_rng(0).normal(size=(50, 70))
@@ -1498,7 +1380,6 @@ def test_moments():
     assert mean == pytest.approx(x.mean(0), rel=1e-14)
     assert np.abs(covariance - np.cov(x, rowvar=False)).max() < 1e-8
 
-
 def test_inception_score():
     assert fid.inception_score(torch.zeros(9, 1008)) == pytest.approx(1)
     assert fid.inception_score(1000 * torch.eye(1008)[:12]) == pytest.approx(12)
@@ -1508,7 +1389,6 @@ def test_inception_score():
     logits[5:, 1] = 0
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert fid.inception_score(logits) == pytest.approx(math.exp(entropy - math.log(2) / 2))
-
 
 def test_precision_recall():
     line = torch.tensor([[0.0], [1], [2], [3]])  # on a line: radii 3, 2, 2, 3
@@ -1541,7 +1421,6 @@ def test_precision_recall():
     for block in (1, 7, 90):  # exactly, not almost, the same
         assert torch.equal(whole, torch.cat(list(fid.squared_distances(points, centres, block))))
 
-
 def test_all_five_scores(inception, workplace, capsys):
     """64 pictures against 64: the figures are those of torch-fidelity's layers in float64 and of
     ADM's formulas, without rounding."""
@@ -1566,7 +1445,6 @@ def test_all_five_scores(inception, workplace, capsys):
             "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
             "count": ()}
 
-
 class Cheap(torch.nn.Module):
     """In place of Inception: a fixed map of a picture that is shrunk to 4x4; fewer features."""
 
@@ -1583,7 +1461,6 @@ class Cheap(torch.nn.Module):
         images = pixels.permute(0, 3, 1, 2).float() / 255
         return self.fc(F.adaptive_avg_pool2d(images, 4).flatten(1)).split([64, 32, 1008], 1)
 
-
 @pytest.fixture
 def cheap(workplace, monkeypatch):
     network = Cheap()
@@ -1592,17 +1469,14 @@ def cheap(workplace, monkeypatch):
                                        "spatial": ("mu_s", "sigma_s", 32)})
     return network
 
-
 def scores_of(*arguments):
     assert fid.main([*arguments, "--json", "scores.json", "--device", "cpu"]) == 0
     return json.loads(Path("scores.json").read_text())
-
 
 def same(scores, expected):
     return scores.keys() == expected.keys() and all(
         scores[name] == (value and pytest.approx(value, rel=1e-6))
         for name, value in expected.items())
-
 
 def test_inputs_of_fid(cheap, capsys):
     """The same pictures in every form, on either side, give the same scores."""
@@ -1652,7 +1526,6 @@ def test_inputs_of_fid(cheap, capsys):
     assert {name for name in fid.METRICS if chosen[name] is not None} == {"fid", "is"}
     assert sum(cheap.batches) == 40
 
-
 def test_inception_score_is_the_mean_of_consecutive_splits(cheap, capsys):
     pictures = np.zeros((5010, 4, 4, 3), np.uint8)
     pictures[::2], pictures[5000:] = 255, 90
@@ -1663,7 +1536,6 @@ def test_inception_score_is_the_mean_of_consecutive_splits(cheap, capsys):
     for batch in ("64", "5005"):
         assert scores_of("a.npy", "--batch", batch)["is"] == pytest.approx(expected, rel=1e-6)
     assert "not the usual 50,000" in capsys.readouterr().out
-
 
 def test_rfid(photographs, cheap, capsys, monkeypatch):
     """A reconstruction is compared with the crop that it was made of."""
@@ -1690,7 +1562,6 @@ def test_rfid(photographs, cheap, capsys, monkeypatch):
     assert "00.png is 70x80, but" in error and "cats/more/0.jpg 90x100" in error
     assert "--crop 256" in error
 
-
 def spoil(path, name="arr_0.npy"):
     """Flip one bit in the middle of a member of an .npz file."""
     with zipfile.ZipFile(path) as archive:
@@ -1698,7 +1569,6 @@ def spoil(path, name="arr_0.npy"):
     content = bytearray(Path(path).read_bytes())
     content[member.header_offset + 60 + member.compress_size // 2] ^= 1
     Path(path).write_bytes(content)
-
 
 @pytest.mark.parametrize("arguments, named", [
     (["missing.npz"], "missing.npz"),
@@ -1770,24 +1640,8 @@ def test_mistakes_with_fid(cheap, capsys, arguments, named):
     assert named in refused(arguments, capsys, main=fid.main)
     assert sorted(os.listdir()) == before
 
-
 # ---- Nothing lost --------------------------------------------------------------------------------
 # RAR_KILLS=100 and RAR_FUZZ=600 (seconds) make long versions of the first and the last of these.
-
-
-KILLED = """
-import os, random, signal, sys, threading, time
-import rar, tokenizer as tok
-tok.SHAPES_TRAIN, tok.SHAPES_HELD_OUT, tok.BLOCK_SECONDS = 100, 20, 0
-number, delay, rank = signal.Signals[sys.argv.pop(1)], float(sys.argv.pop(1)), int(sys.argv.pop(1))
-def kill():
-    time.sleep(delay)
-    os.kill(os.getpid(), number)
-if tok.RANK == rank:
-    threading.Thread(target=kill, daemon=True).start()
-sys.exit((tok if "encode" in sys.argv else rar).main())
-"""
-
 
 def same_tree(one, two):
     """Compare what two runs, or two files, hold; log lines but for the times in them."""
@@ -1799,7 +1653,6 @@ def same_tree(one, two):
         (one / name).read_bytes() == (two / name).read_bytes()
         for name in files - {"log.jsonl", "config.json"})
 
-
 def test_kills(photographs):
     """The real commands, killed at random moments and started again, give what an undisturbed run
     gives, to the byte."""
@@ -1810,9 +1663,6 @@ def test_kills(photographs):
     commands = {("train", 1): [train, "train"], ("sample", 1): [sample, "x.npz"],
                 ("encode", 1): [encode, "x.npy"], ("train", 2): [train, "train2"],
                 ("sample", 2): [sample, "y.npz"]}
-    Path("killed.py").write_text(KILLED)
-    environment = os.environ | {"PYTHONPATH": str(Path(rar.__file__).parent),
-                                "OMP_NUM_THREADS": "1"}
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for arguments, out in list(commands.values())[:3]:
@@ -1823,16 +1673,17 @@ def test_kills(photographs):
         arguments, whole = commands[name, processes]
         whole = {"train2": "train", "y.npz": "x.npz"}.get(whole, whole)
         out = Path(f"{k}" + Path(whole).suffix)
-        launch = [sys.executable, "killed.py"]
-        if processes == 2:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                      "--nproc_per_node=2", "killed.py"]
         for again in range(rng.randint(1, 2) if kills >= 10 else 1):
             number = ["SIGKILL", "SIGTERM", "SIGKILL", "SIGINT"][k % 4]
             delay = rng.uniform(0, {"train": 1.2, "sample": 0.6, "encode": 0.8}[name] * processes)
-            result = subprocess.run([*launch, number, str(delay), str(rng.randrange(processes)),
-                                     *arguments, out], capture_output=True, text=True, timeout=120,
-                                    env=environment)
+            result = launch(*arguments, out, processes=processes, patch=f"""
+tok.BLOCK_SECONDS = 0
+def kill():
+    time.sleep({delay})
+    os.kill(os.getpid(), signal.{number})
+if tok.RANK == {rng.randrange(processes)}:
+    threading.Thread(target=kill, daemon=True).start()
+""")
             counts[name, processes, number] = counts.get((name, processes, number), 0) + 1
             assert "Traceback" not in result.stderr or processes == 2, result.stderr
         assert (tok if name == "encode" else rar).main([*arguments, str(out)]) == 0
@@ -1846,19 +1697,6 @@ def test_kills(photographs):
             assert (one != two).any(axis=(1, 2, 3)).mean() <= 0.05
     torch.set_num_threads(torch_threads)
     print(sum(counts.values()), "kills:", counts)
-
-
-def at_step(monkeypatch, number, do):
-    """Have the next training do something before update `number`."""
-    step_of = rar.train_step
-
-    def train_step(network, optimizer, config, batch, step, autocast):
-        if step + 1 == number:
-            do()
-        return step_of(network, optimizer, config, batch, step, autocast)
-
-    monkeypatch.setattr(rar, "train_step", train_step)
-
 
 def test_full_disk(workplace, monkeypatch, capsys):
     """Files may not grow beyond 30 kB from update 4 on: the checkpoint before that stays, and with
@@ -1878,7 +1716,6 @@ def test_full_disk(workplace, monkeypatch, capsys):
     assert rar.main([*train, "parts"]) == 0
     assert same_tree(Path("whole"), Path("parts"))
 
-
 def test_memory_and_cuda_errors(workplace, monkeypatch, capsys):
     """Out of memory names the flag to lower; what CUDA or NCCL report is shown as it is, also where
     it comes up while a file is written."""
@@ -1897,12 +1734,10 @@ def test_memory_and_cuda_errors(workplace, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="CUDA error"):
         rar.main([*TRAIN, "--out", "b"])
 
-
 def test_run_that_is_removed_midway(workplace, monkeypatch, capsys):
     at_step(monkeypatch, 5, lambda: shutil.rmtree("runs/shapes-tiny"))
     assert "has been removed" in refused(TRAIN, capsys, last_line=True)
     assert not Path("runs/shapes-tiny").exists()
-
 
 def test_missing_permission(workplace, monkeypatch, capsys):
     assert rar.main([*TRAIN, "--steps", "4"]) == 0
@@ -1924,7 +1759,6 @@ def test_missing_permission(workplace, monkeypatch, capsys):
     assert all(same_tree(path, Path("runs/shapes-tiny", path.name))
                for path in Path("whole").glob("*.pt"))
 
-
 def damaged(good, rng):
     """What may become of a file: 20 times cut short, 20 times with a byte changed."""
     for length in [0, 1, len(good) - 1, *(rng.randrange(len(good)) for _ in range(17))]:
@@ -1932,7 +1766,6 @@ def damaged(good, rng):
     for _ in range(20):
         place = rng.randrange(len(good))
         yield good[:place] + bytes([good[place] ^ rng.randrange(1, 256)]) + good[place + 1:]
-
 
 def flat(value):
     """A value as bytes, to compare: tensors, arrays, and containers of them."""
@@ -1944,11 +1777,9 @@ def flat(value):
         return np.ascontiguousarray(value).tobytes()
     return repr(value).encode()
 
-
 def read_npz(path):
     side = fid.open_side(Path(path), None)
     return list(side.batches(4)) if side.batches else side.moments
-
 
 READERS = {  # file: how it is read, and whether a change can go unnoticed
     "weights.pt": (lambda path: tok.read_weights(path)[0], False),
@@ -1964,7 +1795,6 @@ READERS = {  # file: how it is read, and whether a change can go unnoticed
     "a.png": (lambda path: tok.read_picture(path, "center", 32), True),
     "a.jpg": (lambda path: tok.read_picture(path, "center", 32), True),
 }
-
 
 def test_damaged_files(trained, workplace):
     """Each file that is read, damaged in 40 ways: refused in one line that names it, or without
@@ -2003,7 +1833,6 @@ def test_damaged_files(trained, workplace):
     print("damage without notice, of 40:", unnoticed)
     assert not any(count for name, count in unnoticed.items() if not READERS[name][1]), unnoticed
 
-
 def test_hostile_files(workplace, capsys):
     with tok.zipfile.ZipFile("outside.pt", "w") as archive:
         archive.writestr("../evil", b"x")
@@ -2018,7 +1847,6 @@ def test_hostile_files(workplace, capsys):
         with pytest.raises(tok.UserError, match=path):
             read(path)
     assert not Path("../evil").exists()
-
 
 def test_extreme_numbers(model):
     """Guidance of a million, temperatures near 0, logits that are far apart: always a token that
@@ -2036,7 +1864,6 @@ def test_extreme_numbers(model):
         tokens = generate(model, LABELS, scale, 1.0, 1.0)
         assert ((tokens >= 0) & (tokens < 32)).all()
 
-
 @pytest.mark.parametrize("grid_size", [1, 2, 32, 48])
 def test_grids(grid_size):
     config = dataclasses.replace(TINY, grid_size=grid_size, width=8, depth=1, heads=1, mlp_width=8,
@@ -2046,15 +1873,11 @@ def test_grids(grid_size):
     assert tokens.shape == (1, T) and tokens.max() < 2
     loss, _ = rar.training_loss(model, tokens, torch.tensor([1]), sample_orders(1, T, 1))
     assert loss.isfinite()
-    for name in ("raster", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate"):
-        assert (scan_order(name, grid_size).sort().values == torch.arange(T)).all()
-
 
 EDGES = ["0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", str(2**31),
          str(2**63), "-" * 3, "", " ", "x", "\u00e9\U0001f980", "x" * 300, ".", "runs",
          "runs/shapes-tiny", "rubbish", "photos", "1,2,3,4", "0,0,16,32", "0,0,9" + "9" * 20 + ",1",
          "heart", "raster"]
-
 
 def test_fuzz(trained, photographs, capsys, monkeypatch):
     """Every flag of every command at edge values, and every reader on random bytes: an exit code of

@@ -29,7 +29,6 @@ import signal
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -1443,94 +1442,72 @@ def to_float(pixels):
 def to_uint8(images):
     """float (B, 3, H, W) -> uint8 (B, H, W, 3). Truncated, not rounded: the authors' choice, and
     with it the published FIDs were computed."""
-    pixels = (images.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return pixels.contiguous().cpu().numpy()
+    return (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 def save_grid(path, images, names):
     """A PNG of images (B, 3, H, W) in [0, 1], row by row, a column for each name, under it."""
     with replacing(path) as beside:
-        grid_of(to_uint8(images), names).save(beside, format="PNG")
+        grid_of(images, names).save(beside, "PNG")
 
-def grid_of(pixels, names):
-    """A picture of the pictures (B, H, W, 3), row by row, a column for each name, under it. With
-    more than COLUMNS names it is so many columns without names."""
+def grid_of(images, names):
+    """The picture that save_grid writes. With more than COLUMNS names it is so many columns without
+    names."""
     columns, names = (len(names), names) if len(names) <= COLUMNS else (COLUMNS, ())
-    width = height = cell_size(pixels.shape[1])
-    gap, header = 4, 22 if names else 0
-    rows = math.ceil(len(pixels) / columns)
-    size = (columns * (width + gap) + gap, rows * (height + gap) + gap + header)
+    gap, header, scale = 4, 22 if names else 0, max(1, 80 // images.shape[2])
+    cell = scale * images.shape[2] + gap
+    size = (columns * cell + gap, math.ceil(len(images) / columns) * cell + gap + header)
     sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    longest = max((len(str(name)) for name in names), default=1)
-    font = ImageFont.load_default(size=min(15, 1.6 * width / longest))
-    for column, name in enumerate(names):
-        centre = (gap + column * (width + gap) + width / 2, gap + header / 2)
-        pen.text(centre, str(name), fill="black", font=font, anchor="mm")
-    for i, picture in enumerate(pixels):
+    for i, pixels in enumerate(to_uint8(images).repeat(scale, 1).repeat(scale, 2)):
         row, column = divmod(i, columns)
-        corner = (gap + column * (width + gap), gap + header + row * (height + gap))
-        sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), corner)
+        sheet.paste(Image.fromarray(pixels), (gap + column * cell, gap + header + row * cell))
+    longest = max((len(str(name)) for name in names), default=1)
+    font = ImageFont.load_default(size=min(15, 1.6 * (cell - gap) / longest))
+    for column, name in enumerate(names):
+        centre = ((column + 0.5) * cell + gap / 2, gap + header / 2)
+        ImageDraw.Draw(sheet).text(centre, str(name), fill="black", font=font, anchor="mm")
     return sheet
 
-def save_gif(path, tokenizer, tokens, orders, names):
-    """An animation of tokens (B, T) that arrive in their orders (B, T), in at most 64 steps."""
-    grey = torch.full((1, 3, tokenizer.image_size, tokenizer.image_size), 0.5)
-    device = next(iter(tokenizer.state_dict().values())).device
-    nothing = tokenizer.encode(grey.to(device)).cpu()                   # (1, T)
-    ranks, T, frames = orders.argsort(dim=1), tokens.shape[1], []       # (B, T)
-    for t in tqdm(np.linspace(0, T, min(T, 64) + 1).astype(int), "animating", leave=False):
-        there = ranks < t
-        images = tokenizer.decode(torch.where(there, tokens, nothing).to(device)).cpu()
-        frames.append(grid_of(to_uint8(torch.where(cells_to_pixels(there, images), images, grey)),
-                              names))
+def save_gif(path, images, orders, names):
+    """An animation of images (B, 3, H, W) whose cells arrive in orders (B, T), in at most 64 steps.
+    The rest is grey; what has arrived looks as it does in the end."""
+    T = orders.shape[1]
+    grid = math.isqrt(T)
+    cell = torch.ones(images.shape[2] // grid, images.shape[3] // grid, dtype=torch.long)
+    ranks = orders.argsort(dim=1).view(-1, 1, grid, grid).kron(cell)    # (B, 1, H, W)
+    frames = [grid_of(torch.where(ranks < t, images, 0.5), names)
+              for t in torch.linspace(0, T, min(T, 64) + 1).long()]
     with replacing(path) as beside:
         frames[0].save(beside, "GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[80] * (len(frames) - 1) + [3000])
 
-def cells_to_pixels(cells, images):
-    """What is so of cells (B, T), for their pixels (B, 1, H, W)."""
-    grid = math.isqrt(cells.shape[1])
-    scale = images.shape[-1] // grid
-    return cells.view(-1, 1, grid, grid).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-
-def known_tokens(path, keep, tokenizer):
+def known_tokens(path, keep, tokenizer, device="cpu"):
     """The tokens (T,) of the cells of a picture that lie whole within the pixels `keep`, -1 for the
     others; and two images (2, 3, H, W): the picture, and what is seen of it."""
-    if keep is None:
-        raise UserError("--complete needs --keep x0,y0,x1,y1: the pixels that stay")
     size, grid = tokenizer.image_size, tokenizer.grid_size
-    pixels = read_picture(path, "center", size)
-    if isinstance(pixels, str):
-        raise UserError(f"--complete {path}: {pixels}")
-    image, (x0, y0, x1, y1) = to_float(pixels), keep                    # (1, 3, H, W)
-    low = torch.arange(grid) * (size // grid)
-    high = low + size // grid
-    cells = ((low >= y0) & (high <= y1))[:, None] & ((low >= x0) & (high <= x1))
-    cells = cells.view(1, -1)                                           # (1, T)
+    cell, (x0, y0, x1, y1) = size // grid, keep or (0, 0, 0, 0)
+    cells = torch.zeros(grid, grid, dtype=torch.bool)
+    cells[-(-y0 // cell):y1 // cell, -(-x0 // cell):x1 // cell] = True
     if cells.all() or not cells.any():
-        raise UserError(f"--keep {x0},{y0},{x1},{y1} keeps {cells.sum()} of {cells.numel()} cells "
-                        f"of {size // grid} pixels: keep some and leave some, of {size} x {size} "
-                        "pixels")
+        raise UserError(f"--keep x0,y0,x1,y1 keeps {cells.sum()} of {grid**2} cells of {cell} "
+                        f"pixels: keep some and leave some, of {size} x {size} pixels")
+    [pixels] = folder_batches([path], size, 1)
+    image = to_float(pixels)                                            # (1, 3, H, W)
     # The rest is greyed before encoding: an encoder looks beyond a cell, and nothing of what is
     # hidden may reach the tokens that are kept.
-    seen = torch.where(cells_to_pixels(cells, image), image, 0.5)
-    device = next(iter(tokenizer.state_dict().values())).device
-    tokens = tokenizer.encode(seen.to(device)).cpu()
-    return torch.where(cells, tokens, -1)[0], torch.cat([image, seen])
+    seen = torch.where(cells.kron(torch.ones(cell, cell, dtype=torch.bool)), image, 0.5)
+    tokens = tokenizer.encode(seen.to(device)).cpu()[0]
+    return torch.where(cells.flatten(), tokens, -1), torch.cat([image, seen])
 
-def cell_size(size):
-    return max(1, 80 // size) * size  # small pictures are enlarged, without smoothing
-
-def write_npz(path, count, size, pixels, comment=b""):
-    """An .npz as numpy.savez writes it, arr_0 (count, size, size, 3) uint8, but never whole in
-    memory: its bytes come from the iterable `pixels`."""
-    with zipfile.ZipFile(path, "w") as archive:
+def write_npz(path, shape, batches, comment=b""):
+    """An .npz as numpy.savez writes it, arr_0 uint8 of this shape (N, H, W, 3), but never whole in
+    memory: it comes in batches (B, H, W, 3)."""
+    with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
         archive.comment = comment
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, {
-                "descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
-            for part in pixels:
-                member.write(part)
+            np.lib.format.write_array_header_1_0(
+                member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for pixels in batches:
+                member.write(pixels)
 
 class Samples:
     """Numbered pictures on their way to `path`, from any number of processes. Whoever is killed
@@ -1541,54 +1518,47 @@ class Samples:
     it was made with, in the PNG's text or the .npz's zip comment; none is mixed with others.
     """
 
-    def __init__(self, out, folder, count, size, settings, anew=False):
+    def __init__(self, out, folder, count, size, settings, gif=False):
         new = (Path(folder, f"samples-{n}.png") for n in itertools.count(1))
         path = self.path = Path(out) if out else next(p for p in new if not p.exists())
         is_folder = path.is_dir() or str(out).endswith(("/", os.sep))
         self.kind = "folder" if is_folder else path.suffix.lower()
-        if self.kind not in ("folder", ".png", ".npz"):
-            raise UserError(f"--out {out}: name a .png for a grid, an .npz, or a folder with a / "
-                            "at its end")
-        if self.kind == ".png" and count * (cell_size(size) + 4)**2 > Image.MAX_IMAGE_PIXELS:
-            raise UserError(f"--out {path}: {count} pictures are too many for a grid: name an "
-                            ".npz, or a folder with a / at its end")
-        check_folder(path if is_folder else path.parent, f"--out {path}")
+        many = "an .npz, or a folder with a / at its end"
+        if self.kind not in ("folder", ".png", ".npz") or gif and self.kind != ".png":
+            raise UserError(f"--out {out}: name a .png for a grid (--gif needs one), {many}")
+        if self.kind == ".png" and count * max(size, 80)**2 > Image.MAX_IMAGE_PIXELS:
+            raise UserError(f"--out {path}: {count} are too many for a grid: name {many}")
         self.store = path if is_folder else path.with_name(path.name + ".parts")
-        self.count, self.size, self.settings = count, size, json.dumps(settings)
+        check_folder(self.store, f"--out {path}")
+        self.shape, self.settings = (count, size, size, 3), json.dumps(settings)
         self.comment = json.dumps(settings | {"count": count}).encode()
-        self.finished = self.kind == ".npz" and path.exists()
-        if self.finished:
-            with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-                if archive.comment == self.comment:
-                    self.missing = []
-                    return
-            raise UserError(f"--out {path} exists and was made with other settings: remove it, or "
-                            "name another file")
-        if anew and (self.kind != ".png" or WORLD_SIZE > 1):
-            raise UserError("--gif goes with a .png grid, and with one process")
-        missing = [n for n in range(count) if anew or not self.has(n)]
+        finished = self.kind == ".npz" and self.has(path)
+        missing = [n for n in range(count) if not finished and not self.has(self.file(n))]
         wait_for_all()  # nobody writes before all have looked
         self.missing = missing[RANK::WORLD_SIZE]
-        if self.kind != ".png":
-            last = 3 * size**2 * count if self.kind == ".npz" else 0
-            need = 3 * size**2 * len(missing) + last
-            check_room(self.store.parent, need, f"{path} meanwhile")
-            disk = f", up to {need / 1e9:.1f} GB of disk" if need > 1e8 else ""
-            disk += f", {last / 1e9:.1f} GB in the end" if disk and last else ""
-            print(f"{path}: {len(missing):,} of {count:,} pictures to make{disk}")
+        if missing:
+            need = 3 * size**2 * (len(missing) + (0 if is_folder else count))
+            check_room(self.store, need, f"{path} meanwhile")
+            print(f"{path}: {len(missing):,} of {count:,} pictures to make")
 
     def file(self, number):
         return self.store / f"{number:06}.png"
 
-    def has(self, number):
+    def has(self, file):
+        """Whether a file is there and whole. UserError if it was made with other settings."""
         try:
-            with Image.open(self.file(number)) as image:
-                same = image.info.get("settings") == self.settings
-        except Exception:  # half a picture is none
+            if file == self.path:
+                with zipfile.ZipFile(file) as archive:
+                    same = archive.comment == self.comment
+            else:
+                with Image.open(file) as image:
+                    same = image.info.get("settings") == self.settings
+                    image.verify()
+        except Exception:  # half a file is none
             return False
-        if not same and self.kind != ".png":
-            raise UserError(f"{self.file(number)} was made with other settings: remove "
-                            f"{self.store}, or name another --out")
+        if not same and self.kind != ".png":  # the parts of a grid are nobody's
+            made = self.path if file == self.path else self.store
+            raise UserError(f"{made} was made with other settings: remove it or name another --out")
         return same
 
     def put(self, numbers, images):
@@ -1598,50 +1568,41 @@ class Samples:
             with replacing(self.file(number)) as beside:
                 Image.fromarray(pixels).save(beside, "PNG", compress_level=1, pnginfo=text)
 
-    def pixels(self, number):
-        try:
-            return np.asarray(Image.open(self.file(number)))
-        except Exception as error:
-            raise UserError(f"{self.file(number)} is damaged: remove it, and the same command "
-                            "makes it again") from error
-
-    def finish(self, names, before=()):
-        """Put the file together. A grid has a column for each name; or, behind pictures (N, 3, H,
-        W) that come `before`, one for each picture."""
+    def finish(self, names, before=None, orders=None):
+        """Put the file together. A grid has a column for each name; or, behind images (N, 3, H, W)
+        that come `before`, one for each picture. With orders (B, T) it is animated, too."""
         wait_for_all()
         if RANK > 0 or self.kind == "folder":
             return
-        if not self.finished:
-            with replacing(self.path) as beside:
-                if self.kind == ".png":
-                    pixels = np.stack([self.pixels(n) for n in range(self.count)])
-                    if len(before):
-                        pixels = np.concatenate([to_uint8(before), pixels])
-                        names = ["picture", "kept", *names]
-                    grid_of(pixels, names).save(beside, "PNG")
-                else:
-                    numbers = tqdm(range(self.count), "putting together", leave=False)
-                    pixels = (self.pixels(n) for n in numbers)
-                    write_npz(beside, self.count, self.size, pixels, self.comment)
+        files = [self.file(n) for n in range(self.shape[0])]
+        batches = folder_batches(files, None, 16)
+        if self.kind == ".png":
+            images = torch.cat([to_float(pixels) for pixels in batches])
+            if orders is not None:
+                save_gif(self.path.with_suffix(".gif"), images, orders, names)
+            if before is not None:
+                images, names = torch.cat([before, images]), ["picture", "kept", *names]
+            save_grid(self.path, images, names)
+        elif not self.has(self.path):
+            bar = tqdm(batches, "putting together", math.ceil(len(files) / 16), leave=False)
+            write_npz(self.path, self.shape, bar, self.comment)
         shutil.rmtree(self.store, ignore_errors=True)
 
 # ---- Command line --------------------------------------------------------------------------------
 
 def find_tokenizer(path):
     """The tokenizer of a file or run folder; if None, the released one, or the newest run's."""
+    newest = newest_weights()
+    path = path or released_tokenizer() or newest and newest.parent
     if path is None:
-        newest = newest_weights()
-        path = released_tokenizer() or (newest and newest.with_name("tokenizer.pt"))
-        if path is None:
-            raise UserError(f"name a file with --tokenizer: {RELEASED}, or the folder of a run")
-    path = Path(path)
-    path = path / "tokenizer.pt" if path.is_dir() else path
+        raise UserError(f"name a file with --tokenizer: {RELEASED}, or the folder of a run")
+    path = Path(path, "tokenizer.pt") if Path(path).is_dir() else Path(path)
     tokenizer = load(path)
     print(f"tokenizer {path}: {tokenizer.image_size} pixels, {tokenizer.grid_size**2} tokens")
     return tokenizer
 
 def encode_command(args, knobs, device, autocast):
-    tokenizer, path = find_tokenizer(args.tokenizer), Path(args.out)
+    tokenizer, path = find_tokenizer(args.tokenizer).to(device), Path(args.out)
     if path.suffix != ".npy":
         raise UserError(f"--out {path}: name a file that ends in .npy")
     check_folder(path.parent, f"--out {path}")
@@ -1657,37 +1618,20 @@ def reconstruct_command(args, knobs, device, autocast):
     if path.suffix not in (".png", ".npz"):
         raise UserError(f"--out {path}: name a .png file to look at, or an .npz file to score")
     check_folder(path.parent, f"--out {path}")
-    files = []
-    for name in args.pictures:
-        if not Path(name).exists():
-            raise UserError(f"{name}: there is no such picture or folder")
-        files += pictures_in(name) if Path(name).is_dir() else [Path(name)]
-    if not files:
-        raise UserError(f"{args.pictures[0]}: there are no pictures in it")
-    shown, count = [], 0
-    with replacing(path) as beside, tempfile.TemporaryFile(dir=path.parent) as raw:
-        items = read_pictures(files, "center", tokenizer.image_size)
-        for name, item in zip(files, tqdm(items, "reconstructing", len(files), unit=" pictures")):
-            if isinstance(item, str):
-                tqdm.write(f"skipped {name}: {item}")
-                continue
-            image = to_float(item).to(device)
-            again = tokenizer.decode(tokenizer.encode(image)).cpu()
-            count += 1
-            if path.suffix == ".png":
-                shown += [image.cpu(), again]
-            else:
-                raw.write(to_uint8(again))
-        if count == 0:
-            raise UserError(f"{files[0]}: neither this picture nor any other can be read")
-        if path.suffix == ".npz":
-            raw.seek(0)
-            parts = iter(lambda: raw.read(2**20), b"")
-            write_npz(beside, count, tokenizer.image_size, parts)
-        else:
-            columns = ["picture", "again"] * min(4, count)
-            grid_of(to_uint8(torch.cat(shown)), columns).save(beside, "PNG")
-    print(f"{path}: {count} pictures")
+    files = [file for name in args.pictures for file in pictures_in(name) or [Path(name)]]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: there is no such picture, or there are none in this folder")
+    size = tokenizer.image_size
+    batches = tqdm(folder_batches(files, size, 16), "reconstructing", math.ceil(len(files) / 16))
+    pairs = ((images, tokenizer.decode(tokenizer.encode(images.to(device))).cpu())
+             for images in map(to_float, batches))
+    if path.suffix == ".npz":
+        write_npz(path, (len(files), size, size, 3), (to_uint8(again) for _, again in pairs))
+    else:
+        images = torch.cat([torch.stack(pair, 1).flatten(0, 1) for pair in pairs])
+        save_grid(path, images, ["picture", "again"] * min(4, len(files)))
+    print(f"{path}: {len(files)} pictures")
 
 def main(argv=None):
     """Run a command. Returns its exit code."""
