@@ -409,10 +409,9 @@ def image_orders(config, numbers, known=None):
     return orders
 
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
-    """Yield, batch by batch, image numbers (B,), their tokens (B, T) and their orders (B, T), for
-    `numbers` or for all. Image i is of class labels[i], by the sampling settings of config; it
-    depends on these, the weights, the seed and i alone. known (T,) holds tokens that all images are
-    given, or -1: the given cells then come first in the orders."""
+    """Yield, batch by batch, image numbers (B,) and their tokens (B, T), for `numbers` or for all.
+    Image i is of class labels[i], by the sampling settings of config; it depends on these, the
+    weights, the seed and i alone. known (T,) holds tokens that all images are given, or -1."""
     numbers = torch.arange(len(labels)) if numbers is None else torch.tensor(numbers).long()
     device, loop = model.cls_token.device, recorded(draw_slots)
     with tqdm(total=len(numbers), desc="sampling", unit=" pictures", leave=False) as bar:
@@ -425,7 +424,7 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
                     model, labels[part].to(device), config.scale, config.power, config.temperature,
                     uniforms=uniforms.to(device), orders=orders.to(device), known=given,
                     loop=loop)
-            yield part, tokens, orders
+            yield part, tokens
             bar.update(len(part))
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -554,7 +553,7 @@ def train(config, run, device, autocast):
                 result = evaluate(model.eval(), data.held_out, config, autocast)
                 run.report_held_out(step, result)
                 drawn = [data.tokenizer.decode(tokens).cpu()
-                         for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
+                         for _, tokens in sample_tokens(model, labels, config, autocast)]
                 preview = torch.cat([data.examples, *drawn])                # (N, 3, H, W)
                 tok.save_grid(run.preview(step), preview, config.class_names)
             if run.is_milestone(step) or run.stopped:
@@ -613,8 +612,7 @@ def sample_command(args, knobs, device, autocast):
         settings["known"] = known.tolist()
     check_order(config, tok.read_config(folder, config).order, known)
     samples = tok.Samples(args.out, folder, count, tokenizer.image_size, settings, args.gif)
-    for numbers, tokens, _ in sample_tokens(model, labels, config, autocast, samples.missing,
-                                            known):
+    for numbers, tokens in sample_tokens(model, labels, config, autocast, samples.missing, known):
         samples.put(numbers, tokenizer.decode(tokens))
     names = config.class_names or range(config.num_classes)
     names = [names[c] for c in (labels if args.complete else classes)]

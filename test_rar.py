@@ -1220,10 +1220,10 @@ def test_complete(trained, capsys):
     model, config, _ = rar.load_model(any_order[1], {}, torch.device("cpu"))
     assert config.anneal == (1, 1)
     autocast = tok.choose_precision(torch.device("cpu"), "float32")
-    for _, tokens, orders in rar.sample_tokens(model, torch.tensor([4, 4]), config, autocast,
-                                               known=known):
+    for _, tokens in rar.sample_tokens(model, torch.tensor([4, 4]), config, autocast, known=known):
         assert (tokens[:, known >= 0] == known[known >= 0]).all()
-        assert (known[orders[:, :28]] >= 0).all() and orders[0, :2].tolist() == [1, 2]
+    orders = rar.image_orders(config, [0, 1], known)
+    assert (known[orders[:, :28]] >= 0).all() and orders[0, :2].tolist() == [1, 2]
 
     assert rar.main([*complete, "--keep", "0,0,32,16"]) == 0  # rows from the top: raster will do
     assert "come first" in refused([*complete, "--keep", "0,16,32,32"], capsys)

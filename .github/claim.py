@@ -95,7 +95,7 @@ def draw(weights, order, scale, seed, count):
         "micro_batch": 250}, CPU)
     labels = torch.arange(count) % config.num_classes
     parts = rar.sample_tokens(model, labels, config, contextlib.nullcontext())
-    return torch.cat([tokens for _, tokens, _ in parts]), labels
+    return torch.cat([tokens for _, tokens in parts]), labels
 
 
 def score(source, name):

@@ -59,7 +59,7 @@ def sample(model, config, tokenizer, labels, known=None):
     """Images (N, 3, H, W) of the classes `labels` (N,)."""
     autocast = tok.choose_precision(torch.device("cpu"), "float32")
     parts = rar.sample_tokens(model, labels, config, autocast, known=known)
-    return tokenizer.decode(torch.cat([tokens for _, tokens, _ in parts]))
+    return tokenizer.decode(torch.cat([tokens for _, tokens in parts]))
 
 
 if __name__ == "__main__":
