@@ -266,13 +266,13 @@ class RAR(nn.Module):
         held = self.embeddings(torch.cat([class_id[:, None], prefix], dim=1))  # (B, stop - 1, D)
         x = torch.cat([self.cls_token.expand(B, 1, -1), held], dim=1)          # (B, stop, D)
         # The row of slot s in the position tables: 0 cls, 1 class, 2 + p the token of cell p. What
-        # a slot has to predict is what the next one holds, so its target is row[:, s + 1].
-        row = torch.arange(2, device=orders.device).expand(B, 2)
-        row = torch.cat([row, 2 + orders], dim=1)                              # (B, T + 2)
+        # a slot has to predict is what the next one holds, so its target is position[:, s + 1].
+        position = torch.arange(2, device=orders.device).expand(B, 2)
+        position = torch.cat([position, 2 + orders], dim=1)                    # (B, T + 2)
         if self.config.target_aware:
-            target = F.embedding(row[:, 2:stop + 1], self.target_aware_pos_embed[0])
+            target = F.embedding(position[:, 2:stop + 1], self.target_aware_pos_embed[0])
             x = x + F.pad(target, (0, 0, 1, 0))                                # cls has no target
-        x = x + F.embedding(row[:, :stop], self.pos_embed[0])
+        x = x + F.embedding(position[:, :stop], self.pos_embed[0])
         x = x[:, start:]                                                       # (B, S, D)
         # Trap: timesteps count slots, 0 for cls; they are not cells.
         condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
@@ -328,30 +328,32 @@ def draw(logits, temperature, uniforms):
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)  # (B, V)
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
-def all_slots(model, classes, row, orders):
+def all_slots(model, classes, class_of, orders):
     """A function from the tokens drawn so far (B, t), in slot order, to the logits (B, V) of the
     next: all slots again for every token. Slow, obvious, and the test of the other two. Sequence b
-    is of class classes[row[b]], its order is orders[b]."""
-    return lambda drawn: model.run_slots(drawn, classes[row], orders)[:, -1]
+    is of class classes[class_of[b]], its order is orders[b]."""
+    return lambda drawn: model.run_slots(drawn, classes[class_of], orders)[:, -1]
 
-def newest_slot(model, classes, row, orders):
+def newest_slot(model, classes, class_of, orders):
     """The same with a cache: slot t + 1, which holds the newest token and predicts the next, is the
     only one that runs. At first these are slots 0 and 1."""
-    labels, memory = classes[row], model.empty_cache(len(row))
+    labels, memory = classes[class_of], model.empty_cache(len(class_of))
 
     def next_logits(drawn):
         t = drawn.shape[1]
         return model.run_slots(drawn, labels, orders, t + 1 if t else 0, memory)[:, -1]
     return next_logits
 
-def draw_slots(model, settings, classes, row, orders, uniforms, given):
-    """The tokens (B, T), in slot order, drawn one after the other. settings: the guidance weight of
-    every token, () for none; the temperature; one of the predictors. classes (C,) and row (nB,):
-    the classes of B images, and for guidance of their n = 2 sequences. given (B, T) are tokens that
-    stay, or -1. Nothing is read back from the device here, and nothing in here is random."""
+def draw_slots(model, settings, classes, class_of, orders, uniforms, given):
+    """The tokens (B, T) of B images, in slot order, drawn one after the other. For every token nB
+    sequences pass through the network: with guidance n = 2, each image with its class and without.
+    Sequence b is of class classes[class_of[b]]: classes (C,), class_of (nB,). settings: the weights
+    of guidance, one for each token, () for none; the temperature; a predictor, such as newest_slot.
+    given (B, T): tokens that stay, or -1. Nothing is read back from the device in here,
+    and nothing is random."""
     weights, temperature, predict = settings
-    (B, T), n = orders.shape, len(row) // len(orders)
-    next_logits = predict(model, classes, row, orders.repeat(n, 1))
+    (B, T), n = orders.shape, len(class_of) // len(orders)
+    next_logits = predict(model, classes, class_of, orders.repeat(n, 1))
     drawn = torch.empty(B, 0, dtype=torch.long, device=orders.device)   # (B, t)
     for t in range(T):
         logits = next_logits(drawn.repeat(n, 1))                        # (nB, V)
@@ -385,9 +387,9 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     if scale:  # every image is there twice, the second time without its class
         weights = tuple(guidance_weight(t, T, scale, power) for t in range(T))
         labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    classes, row = labels.unique(return_inverse=True)                   # (C,), (nB,)
+    classes, class_of = labels.unique(return_inverse=True)                   # (C,), (nB,)
     settings = weights, temperature, predict or predictor
-    drawn = loop(model, settings, classes, row, orders, uniforms, given)
+    drawn = loop(model, settings, classes, class_of, orders, uniforms, given)
     return torch.empty_like(drawn).scatter_(1, orders, drawn)           # cell order again
 
 def image_uniforms(seed, numbers, length):
@@ -486,15 +488,15 @@ def train_step(network, optimizer, config, batch, step, autocast):
     for part in parts:
         torch.manual_seed(int(seeds[part[0]]))  # of the dropout masks
         inputs = (x[part].to(device) for x in (tokens, labels, orders))
-        share = len(part) / config.batch
+        fraction = len(part) / config.batch
         # Processes exchange gradients once an update, with the last micro-batch. DDP takes their
         # average: times `processes` it is the sum, which the shares of the batch make a mean.
         more_to_come = processes > 1 and part is not parts[-1]
         with network.no_sync() if more_to_come else contextlib.nullcontext():
             with autocast:
                 loss, accuracy = training_loss(network, *inputs)
-            (loss * share * processes).backward()
-        means = means + share * torch.stack([loss.detach(), accuracy])
+            (loss * fraction * processes).backward()
+        means = means + fraction * torch.stack([loss.detach(), accuracy])
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
     lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
     for group in optimizer.param_groups:
@@ -738,7 +740,7 @@ def main(argv=None):
 
 SLOTS = 32  # for which adaLN's outputs are held at a time
 
-def tabled_slots(model, classes, row, orders):
+def tabled_slots(model, classes, class_of, orders):
     """As newest_slot, but what does not depend on the tokens drawn is looked up. The two position
     embeddings become one table. adaLN's outputs follow from (class, slot) alone; they are computed
     for SLOTS slots at once and for each class once. Those layers are a third of the weights, which
@@ -747,12 +749,12 @@ def tabled_slots(model, classes, row, orders):
     places = F.embedding(2 + orders[:, :-1], model.pos_embed[0])            # (B, T - 1, D)
     if model.config.target_aware:
         places = places + F.embedding(2 + orders[:, 1:], model.target_aware_pos_embed[0])
-    memory, tables = model.empty_cache(len(row)), []
+    memory, tables = model.empty_cache(len(class_of)), []
 
     def next_logits(drawn):
         t = drawn.shape[1]
         if t == 0:
-            return model.run_slots(drawn, classes[row], orders, 0, memory)[:, -1]
+            return model.run_slots(drawn, classes[class_of], orders, 0, memory)[:, -1]
         k = (t - 1) % SLOTS
         if k == 0:
             condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + SLOTS]
@@ -761,8 +763,8 @@ def tabled_slots(model, classes, row, orders):
                           for layer in (*model.blocks, model.adaln_before_head))
         x = (model.embeddings(drawn[:, -1]) + places[:, t - 1])[:, None]    # (B, 1, D)
         for block, table, cache in zip(model.blocks, tables, memory):
-            x = block(x, None, t + 1, cache, table[row, k, None])
-        return model.head(x, tables[-1][row, k, None])[:, 0]                # (B, V)
+            x = block(x, None, t + 1, cache, table[class_of, k, None])
+        return model.head(x, tables[-1][class_of, k, None])[:, 0]                # (B, V)
     return next_logits
 
 def recorded_on_cuda(loop):
