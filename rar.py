@@ -521,14 +521,13 @@ def train(config, run, device, autocast):
         for step in run.updates(first, images):  # ends early on Ctrl-C
             batch, upcoming = run.wait_for(upcoming), load(step + 1)
             line = train_step(network.train(), optimizer, config, batch, step, autocast)
-            model.eval()
-            run.report(step, line, lambda: evaluate(model, data.held_out, config, autocast))
+            run.report(step, line,
+                       lambda: evaluate(model.eval(), data.held_out, config, autocast))
             if run.milestone and tok.RANK == 0:
                 drawn = [data.tokenizer.decode(tokens).cpu()
-                         for _, tokens, _ in sample_tokens(model, labels, config, autocast)]
+                         for _, tokens, _ in sample_tokens(model.eval(), labels, config, autocast)]
                 preview = torch.cat([data.examples, *drawn])                # (N, 3, H, W)
-                path = run.folder / f"step-{step + 1:06}.png"
-                tok.save_grid(path, preview, config.class_names)
+                tok.save_grid(run.folder / f"step-{step + 1:06}.png", preview, config.class_names)
             if run.milestone or run.stopped:
                 run.save(step, model, optimizer)
     run.say_what_next()

@@ -58,25 +58,22 @@ class UserError(Exception):
 
 def knob(default, why, low=0, high=1e9):
     """A dataclass field that is also a flag: its default, its reason, and a number's limits."""
-    return dataclasses.field(default=default, metadata={"why": why, "limits": (low, high)})
+    first, count = (default[0], len(default)) if isinstance(default, tuple) else (default, None)
+    option = {"type": type(first), "nargs": count, "help": why}  # for argparse
+    return dataclasses.field(default=default, metadata={"option": option, "limits": (low, high)})
 
 def knobs_of(config):
-    return [field for field in dataclasses.fields(config) if "why" in field.metadata]
+    return [field for field in dataclasses.fields(config) if "option" in field.metadata]
 
 def flag(field):
     return "--" + field.name.replace("_", "-")
 
-def kind_of(field):
-    """The type of a knob, and for a tuple how many of that type it has, else None."""
-    several = isinstance(field.default, tuple)
-    return (type(field.default[0]), len(field.default)) if several else (type(field.default), None)
-
 def check_knobs(config):
     """Raise UserError unless every knob has its type and keeps its limits."""
     for field in knobs_of(config):
-        value, (kind, count) = getattr(config, field.name), kind_of(field)
-        low, high = field.metadata["limits"]
-        for each in value if count else (value,):
+        kind, (low, high) = field.metadata["option"]["type"], field.metadata["limits"]
+        value = getattr(config, field.name)
+        for each in value if isinstance(field.default, tuple) else (value,):
             if not isinstance(each, (int, float) if kind is float else kind):
                 raise UserError(f"{flag(field)} must be {kind.__name__}, not {each}")
             if kind is not str and not low <= each <= high:  # nor is NaN within any limits
@@ -100,10 +97,10 @@ class Parser(argparse.ArgumentParser):
         fields = knobs_of(config) if config else []
         fields = [field for field in fields if knobs is None or field.name in knobs]
         for field in fields:
-            kind, count = kind_of(field)
-            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-                   {"type": kind, "nargs": count})
-            command.add_argument(flag(field), help=field.metadata["why"], **how)
+            option = field.metadata["option"]
+            if option["type"] is bool:
+                option = {"action": argparse.BooleanOptionalAction, "help": option["help"]}
+            command.add_argument(flag(field), **option)
         command.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
         command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
                              help=f"of matrix products [{precision} on cuda, else float32]")
@@ -264,11 +261,9 @@ def reading(path, wrong=None):
 
 @contextlib.contextmanager
 def replacing(path, ending=".part"):
-    """Yield a path beside `path` to write to, and rename it to `path` once it is whole.
-
-    Whoever reads `path` finds the old file or the new one, never half of one. Every file that we
-    write goes through here, except two that grow: the log, by lines, and a token file, by blocks.
-    """
+    """Yield a path beside `path` to write to, and rename it to `path` once it is whole: a reader
+    finds the old file or the new one, never half of one. Every file that we write goes through
+    here, except two that grow: the log, by lines, and a token file, by blocks."""
     path = Path(path)
     beside = path.with_name(path.name + ending)
     try:
@@ -297,12 +292,9 @@ def read_json(path):
         return value
 
 def read_tensors(path, sha256=None):
-    """The dictionary that torch.save wrote to a file; nothing in the file is ever executed.
-
-    torch.load does not look at the checksums in the file, so they are verified first: a flipped
-    bit in a weight would otherwise go unnoticed. Files of before PyTorch 1.6 have none; of these,
-    only the one whose SHA-256 is given is read.
-    """
+    """The dictionary that torch.save wrote to a file; nothing in the file is ever executed. Its
+    checksums are verified, which torch.load does not: a flipped bit would go unnoticed. Files of
+    before PyTorch 1.6 have none; of these, only the one whose SHA-256 is given is read."""
     with reading(path, "is not a PyTorch file of tensors, or it is damaged"):
         if sha256 is None or digest(np.memmap(path, mode="r")) != sha256:
             with zipfile.ZipFile(path) as archive:
@@ -554,24 +546,21 @@ class Run:
 
         def note(number, frame):
             self.asked = True
-            signal.signal(number, previous[number])  # the second one strikes at once
+            signal.signal(number, signal.default_int_handler)  # the second one strikes at once
             tqdm.write("stopping after this update", file=sys.stderr)
 
-        signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        previous = {number: signal.signal(number, note) for number in signals
-                    if signal.getsignal(number) is not signal.SIG_IGN}  # as under nohup
-        self.bar = tqdm(total=self.config.steps, initial=first,
-                        bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|")
-        self.start_clock()
-        try:
-            with self.bar:
-                for step in range(first, self.config.steps):
-                    yield step
-                    if self.stopped:
-                        return
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with contextlib.ExitStack() as after:
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
+                    after.callback(signal.signal, number, signal.signal(number, note))
+            self.bar = after.enter_context(tqdm(
+                total=self.config.steps, initial=first,
+                bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|"))
+            self.start_clock()
+            for step in range(first, self.config.steps):
+                yield step
+                if self.stopped:
+                    return
 
     def start_clock(self):
         """Begin anew what is gathered between two lines of the log."""
@@ -605,16 +594,15 @@ class Run:
                                 f"{norm}. {self.folder} is as it was (last good: {last}). Try a "
                                 "lower --lr, a longer --warmup or --precision float32")
         seconds, batch = time.perf_counter() - self.clock, self.config.batch
-        line = {key: float(value) for key, value in line.items()} | {
-            "images_per_second": len(self.lines) * batch / seconds,
-            "waiting": self.waited / seconds, "passes": done * batch / self.images}
+        line = {key: float(value) for key, value in line.items()}
+        line |= {"images_per_second": len(self.lines) * batch / seconds,
+                 "waiting": self.waited / seconds, "passes": done * batch / self.images}
         self.bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}, "
                                  "{images_per_second:,.3g} images/s".format(**line))
-        if self.milestone and RANK == 0:
-            result = evaluate()
-            line |= result
-            self.bar.write(f"step {done}: {held_out_text(self.config, result)}")
         if logged and RANK == 0:
+            if self.milestone:
+                line |= (result := evaluate())
+                self.bar.write(f"step {done}: {held_out_text(self.config, result)}")
             self.check_still_there()
             with writing(self.log_path), open(self.log_path, "a") as file:
                 file.write(json.dumps({"step": done} | line) + "\n")
