@@ -131,18 +131,18 @@ class Parser(argparse.ArgumentParser):
         except OSError as error:
             code, message = 2, f"error: {error.filename}: {error.strerror}"
         except (MemoryError, RuntimeError) as error:
-            signs = ("out of memory", "DefaultCPUAllocator")  # torch's, on an accelerator and a CPU
-            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+            # torch says it in other words on accelerators and on a CPU
+            if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
                 if WORLD_SIZE > 1:
                     time.sleep(5)  # if another process has gone, torchrun ends us meanwhile
                 raise
-            code = 2
-            message = f"error: out of memory: lower {self.memory_flag}, or take a smaller model"
-        if RANK > 0:
-            time.sleep(2)  # if rank 0 says the same, torchrun ends us first
-            message = f"rank {RANK}: {message}"
-        if RANK == 0 or code == 2:  # rank 0 says for all that they were interrupted
+            code, message = 2, (f"error: out of memory: lower {self.memory_flag}, or take a "
+                                "smaller model")
+        if RANK == 0:
             print(message, file=sys.stderr)
+        elif code == 2:  # rank 0 says for all that they were interrupted
+            time.sleep(2)  # if rank 0 says the same, torchrun ends us first
+            print(f"rank {RANK}: {message}", file=sys.stderr)
         return code
 
 def whole_number(low, high):
@@ -160,10 +160,10 @@ def rectangle(text):
 
 def choose_device(name):
     """The torch.device of this name, or the best that there is."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    there += ["cpu"]
-    name = name or there[0]
-    if name not in there:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    name = name or next(name for name in there if there[name])
+    if not there[name]:
         raise UserError(f"--device {name}: this machine has no such device that torch can use")
     return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
 
@@ -249,8 +249,8 @@ def writing(path):
 
 @contextlib.contextmanager
 def reading(path, wrong=None):
-    """Turn whatever a damaged or foreign file makes the parsers inside raise into a UserError. It
-    says that the file is `wrong`; without that, it has the words of the parser."""
+    """Turn whatever a damaged or foreign file makes the parsers inside raise into a UserError, in
+    their words or in those of `wrong`."""
     try:
         yield
     except OSError as error:
@@ -326,7 +326,7 @@ def check_room(folder, size, what):
 def fetch(url, sha256=None):
     """The path of the file at a URL, which is downloaded once, into torch.hub's folder. It gets its
     name when it is whole: as long as the server said, with this SHA-256; without one, a zip file,
-    which torch.save writes, and not the page of a proxy. Raises UserError if it can't be had."""
+    which torch.save writes, and not the page of a proxy."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     if path.exists():
         return path
@@ -531,10 +531,10 @@ class Run:
             raise UserError(f"{self.folder} is in use by another process: wait for it") from error
         write_json(self.folder / "config.json", dataclasses.asdict(self.config))
         if self.log_path.exists():
-            lines = self.log_path.read_text(errors="replace").splitlines(keepends=True)
-            steps = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in lines]
+            lines = self.log_path.read_text(errors="replace").splitlines()
+            found = filter(None, (re.fullmatch(r'\{"step": (\d+), .*\}', line) for line in lines))
             with replacing(self.log_path) as beside:
-                beside.write_text("".join(m[0] for m in steps if m and int(m[1]) <= first))
+                beside.write_text("".join(m[0] + "\n" for m in found if int(m[1]) <= first))
 
     def updates(self, first, images):
         """Yield the updates first .. steps - 1 under a progress bar; a pass is of so many `images`.
@@ -546,13 +546,15 @@ class Run:
 
         def note(number, frame):
             self.asked = True
-            signal.signal(number, signal.default_int_handler)  # the second one strikes at once
+            signal.signal(number, before[number])  # the second one strikes at once
             tqdm.write("stopping after this update", file=sys.stderr)
 
+        before = {}
         with contextlib.ExitStack() as after:
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
-                    after.callback(signal.signal, number, signal.signal(number, note))
+                    before[number] = signal.signal(number, note)
+                    after.callback(signal.signal, number, before[number])
             self.bar = after.enter_context(tqdm(
                 total=self.config.steps, initial=first,
                 bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|"))
@@ -588,7 +590,7 @@ class Run:
         # only here is the device waited for: the loss of every update since the last line
         for past, each in enumerate(self.lines, done - len(self.lines) + 1):
             loss, norm = float(each["loss"]), float(each["gradient_norm"])
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not math.isfinite(loss + norm):
                 last = next(iter(self.checkpoints().values()), "no checkpoint yet")
                 raise UserError(f"update {past}: the loss is {loss}, the norm of its gradient "
                                 f"{norm}. {self.folder} is as it was (last good: {last}). Try a "
