@@ -383,7 +383,7 @@ def main(argv=None):
     """Score samples. Returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="fid.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.memory_flag, parser.interrupted = "--batch", "interrupted"
-    parser.set_defaults(function=score_command, config=None, precision="float32")
+    parser.set_defaults(function=score_command, knobs=(), precision="float32")
     parser.add_argument("samples", type=Path, help="folder of pictures, .npz or .npy file")
     parser.add_argument("reference", type=Path, nargs="?", help="the same, or statistics")
     parser.add_argument("--metrics", help=f"of {','.join(METRICS)} [all there are]")

@@ -550,15 +550,15 @@ def train(config, run, device, autocast):
         images = len(data.train) / tok.CROP_COUNTS[config.crops]  # ten rows, or two, are of one
         for step in run.updates(first, images):  # ends early on Ctrl-C
             batch, upcoming = run.wait_for(upcoming), load(step + 1)
-            run.report(step, train_step(network.train(), optimizer, config, batch, step, autocast))
-            if run.is_milestone(step) and tok.RANK == 0:
-                result = evaluate(model.eval(), data.held_out, config, autocast)
-                run.report_held_out(step, result)
+            line = train_step(network.train(), optimizer, config, batch, step, autocast)
+            run.report(step, line,
+                       lambda: evaluate(model.eval(), data.held_out, config, autocast))
+            if run.milestone and tok.RANK == 0:
                 drawn = [data.tokenizer.decode(tokens).cpu()
-                         for _, tokens in sample_tokens(model, labels, config, autocast)]
+                         for _, tokens in sample_tokens(model.eval(), labels, config, autocast)]
                 preview = torch.cat([data.examples, *drawn])                # (N, 3, H, W)
-                tok.save_grid(run.preview(step), preview, config.class_names)
-            if run.is_milestone(step) or run.stopped:
+                tok.save_grid(run.folder / f"step-{step + 1:06}.png", preview, config.class_names)
+            if run.milestone or run.stopped:
                 run.save(step, model, optimizer)
     run.say_what_next()
 

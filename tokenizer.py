@@ -56,27 +56,28 @@ from tqdm import tqdm
 class UserError(Exception):
     """A mistake that the user can mend: one line that names the file or flag; exit code 2."""
 
-def knob(default, why, low=-math.inf, high=math.inf):
-    """A dataclass field that is also a flag: its default, its reason, and its limits."""
-    return dataclasses.field(default=default, metadata={"why": why, "limits": (low, high)})
+def knob(default, why, low=0, high=1e9):
+    """A dataclass field that is also a flag: its default, its reason, and a number's limits."""
+    first, count = (default[0], len(default)) if isinstance(default, tuple) else (default, None)
+    option = {"type": type(first), "nargs": count, "help": why}  # for argparse
+    return dataclasses.field(default=default, metadata={"option": option, "limits": (low, high)})
 
 def knobs_of(config):
-    return [field for field in dataclasses.fields(config) if "why" in field.metadata]
+    return [field for field in dataclasses.fields(config) if "option" in field.metadata]
 
 def flag(field):
     return "--" + field.name.replace("_", "-")
 
 def check_knobs(config):
+    """Raise UserError unless every knob has its type and keeps its limits."""
     for field in knobs_of(config):
-        value, (low, high) = getattr(config, field.name), field.metadata["limits"]
-        several = isinstance(field.default, tuple)
-        kind = type(field.default[0] if several else field.default)
-        for number in value if several else (value,):
-            if not isinstance(number, (int, float) if kind is float else kind):
-                raise UserError(f"{flag(field)} must be {kind.__name__}, not {number}")
-            if kind is not str and not (low <= number <= high and number < math.inf):
-                limits = f"at least {low}" if high == math.inf else f"from {low} to {high:,}"
-                raise UserError(f"{flag(field)} must be {limits}, not {number}")
+        kind, (low, high) = field.metadata["option"]["type"], field.metadata["limits"]
+        value = getattr(config, field.name)
+        for each in value if isinstance(field.default, tuple) else (value,):
+            if not isinstance(each, (int, float) if kind is float else kind):
+                raise UserError(f"{flag(field)} must be {kind.__name__}, not {each}")
+            if kind is not str and not low <= each <= high:  # nor is NaN within any limits
+                raise UserError(f"{flag(field)} must be from {low:g} to {high:,.10g}, not {each}")
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with commands that are called with
@@ -91,68 +92,60 @@ class Parser(argparse.ArgumentParser):
     def command(self, name, function, about, config=None, knobs=None, precision="tf32"):
         """Add a command with flags for the named knobs of a dataclass, or for all of them, and the
         precision that it has on cuda unless --precision says otherwise."""
-        if self.commands is None:
-            self.commands = self.add_subparsers(required=True)
-        command = self.commands.add_parser(
-            name, help=about, description=about, allow_abbrev=False)
-        self.commands.metavar = " | ".join(self.commands.choices)
-        for field in knobs_of(config) if config else ():
-            if knobs is None or field.name in knobs:
-                several = isinstance(field.default, tuple)
-                kind = type(field.default[0] if several else field.default)
-                how = {"type": kind, "nargs": len(field.default) if several else None}
-                if kind is bool:
-                    how = {"action": argparse.BooleanOptionalAction}
-                command.add_argument(flag(field), help=field.metadata["why"], **how)
+        self.commands = self.commands or self.add_subparsers(required=True)
+        command = self.commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        fields = knobs_of(config) if config else []
+        fields = [field for field in fields if knobs is None or field.name in knobs]
+        for field in fields:
+            option = field.metadata["option"]
+            if option["type"] is bool:
+                option = {"action": argparse.BooleanOptionalAction, "help": option["help"]}
+            command.add_argument(flag(field), **option)
         command.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[the best there is]")
         command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
                              help=f"of matrix products [{precision} on cuda, else float32]")
-        command.set_defaults(function=function, config=config, cuda_precision=precision)
+        command.set_defaults(function=function, knobs=[field.name for field in fields],
+                             cuda_precision=precision)
         return command
 
     def run(self, argv):
         """Call the command that argv names. Returns the exit code."""
         try:
             args = self.parse_args(argv)
-            fields = knobs_of(args.config) if args.config else ()
-            given = {field.name: getattr(args, field.name, None) for field in fields}
             knobs = {name: tuple(value) if isinstance(value, list) else value
-                     for name, value in given.items() if value is not None}
+                     for name in args.knobs if (value := getattr(args, name)) is not None}
             device = choose_device(args.device)
-            on_cuda = device.type == "cuda"
-            args.precision = args.precision or (args.cuda_precision if on_cuda else "float32")
+            if args.precision is None:
+                args.precision = args.cuda_precision if device.type == "cuda" else "float32"
             autocast = choose_precision(device, args.precision)
             with processes(device):
                 args.function(args, knobs, device, autocast)
             return 0
         except UserError as error:
-            return failed(f"error: {error}", 2)
+            code, message = 2, f"error: {error}"
         except KeyboardInterrupt as error:
-            return failed(str(error) or self.interrupted, 130)
+            code, message = 130, str(error) or self.interrupted
         except BrokenPipeError:  # whoever read our output has gone, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except OSError as error:
-            return failed(f"error: {error.filename}: {error.strerror}", 2)
+            code, message = 2, f"error: {error.filename}: {error.strerror}"
         except (MemoryError, RuntimeError) as error:
-            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if out_of_memory or "DefaultCPUAllocator" in str(error):
-                return failed(f"error: out of memory: lower {self.memory_flag}, or take a smaller "
-                              "model", 2)
-            if WORLD_SIZE > 1:
-                time.sleep(5)  # if it is that another process has gone, torchrun ends us meanwhile
-            raise
+            # torch says it in other words on accelerators and on a CPU
+            if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
+                if WORLD_SIZE > 1:
+                    time.sleep(5)  # if another process has gone, torchrun ends us meanwhile
+                raise
+            code, message = 2, (f"error: out of memory: lower {self.memory_flag}, or take a "
+                                "smaller model")
+        if RANK == 0:
+            print(message, file=sys.stderr)
+        elif code == 2:  # rank 0 says for all that they were interrupted
+            time.sleep(2)  # if rank 0 says the same, torchrun ends us first
+            print(f"rank {RANK}: {message}", file=sys.stderr)
+        return code
 
-def failed(message, code):
-    if RANK > 0 and code == 130:
-        return code  # rank 0 says it
-    if RANK > 0:
-        time.sleep(2)  # if rank 0 says the same, torchrun ends us first
-        message = f"rank {RANK}: {message}"
-    print(message, file=sys.stderr)
-    return code
-
-def whole_number(low, high=2**31):
+def whole_number(low, high):
     """A type for argparse: an integer from low to high."""
     def number(text):
         if not low <= int(text) <= high:
@@ -162,10 +155,8 @@ def whole_number(low, high=2**31):
 
 def rectangle(text):
     """A type for argparse: x0,y0,x1,y1."""
-    numbers = tuple(int(number) for number in text.split(","))
-    if len(numbers) != 4 or not all(0 <= number < 2**16 for number in numbers):
-        raise argparse.ArgumentTypeError(f"must be four numbers x0,y0,x1,y1, not {text}")
-    return numbers
+    x0, y0, x1, y1 = (whole_number(0, 2**16)(number) for number in text.split(","))
+    return x0, y0, x1, y1
 
 def choose_device(name):
     """The torch.device of this name, or the best that there is."""
@@ -208,10 +199,9 @@ def processes(device):
     # a process has died is for torchrun to notice, not for a time limit.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(days=1))
-    with open(os.devnull, "w") as silence, contextlib.ExitStack() as stack:
-        if RANK > 0:
-            stack.enter_context(contextlib.redirect_stdout(silence))
-            stack.enter_context(contextlib.redirect_stderr(silence))
+    with (open(os.devnull, "w") as silence,
+          contextlib.redirect_stdout(silence if RANK > 0 else sys.stdout),
+          contextlib.redirect_stderr(silence if RANK > 0 else sys.stderr)):
         yield
     dist.destroy_process_group()  # not after an error: the others would fail before it is told
 
@@ -236,29 +226,13 @@ def rank_zero_first():
 def check_same_on_all(config, rows):
     """Raise UserError if this process has another config or other data than rank 0."""
     if WORLD_SIZE > 1:
-        about = json.dumps(dataclasses.asdict(config)).encode()
-        checksums = torch.zeros(WORLD_SIZE, 2, dtype=torch.int64)
-        checksums[RANK] = torch.tensor([zlib.crc32(about), zlib.crc32(rows)])
-        for own, first, what in zip(checksums[RANK].tolist(),
-                                    sum_over_processes(checksums)[0].tolist(),
-                                    ("other flags", f"other data in {config.data}")):
-            if own != first:
+        flags = json.dumps(dataclasses.asdict(config)).encode()
+        for own, what in ((flags, "other flags"), (rows, f"other data in {config.data}")):
+            own = torch.tensor(zlib.crc32(own))
+            if sum_over_processes(own * (RANK == 0)) != own:
                 raise UserError(f"this process has {what} than rank 0")
 
 # ---- Files ---------------------------------------------------------------------------------------
-
-def lock(path):
-    """Hold a file against a second process that would write the same, until this one ends."""
-    if fcntl is not None:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            LOCKS.append(open(path, "ab"))
-        try:
-            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{path.parent} is in use by another process: wait for it") from error
-
-LOCKS = []  # the files that this process holds: closing one would let it go
 
 @contextlib.contextmanager
 def writing(path):
@@ -274,22 +248,24 @@ def writing(path):
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 @contextlib.contextmanager
-def reading(path):
-    """Turn whatever a damaged or foreign file makes the parsers raise into a UserError."""
+def reading(path, wrong=None):
+    """Turn whatever a damaged or foreign file makes the parsers inside raise into a UserError, in
+    their words or in those of `wrong`."""
     try:
         yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
-        raise UserError(f"{path}: {error or type(error).__name__}") from error
+        why = f": {str(error) or type(error).__name__}" if wrong is None else f" {wrong}"
+        raise UserError(f"{path}{why}") from error
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yield a path beside `path` to write to, and rename it to `path` once it is whole.
-
-    Whoever reads `path` finds the old file or the new one, never half of one. Every file that we
-    write goes through here, except two that grow: the log, by lines, and a token file, by blocks.
-    """
+def replacing(path, ending=".part"):
+    """Yield a path beside `path` to write to, and rename it to `path` once it is whole: a reader
+    finds the old file or the new one, never half of one. Every file that we write goes through
+    here, except two that grow: the log, by lines, and a token file, by blocks."""
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(path.name + ending)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,169 +285,27 @@ def write_json(path, value):
 
 def read_json(path):
     """The JSON object in a file. Raises UserError if there is none."""
-    try:
+    with reading(path):
         value = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold one JSON object")
-    return value
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object")
+        return value
 
 def read_tensors(path, sha256=None):
-    """The dictionary that torch.save wrote to a file; nothing in the file is ever executed.
-
-    torch.load does not look at the checksums in the file, so they are verified first: a flipped
-    bit in a weight would otherwise go unnoticed. Files of before PyTorch 1.6 have none; of these,
-    only the one whose SHA-256 is given is read.
-    """
-    try:
-        damaged = None
+    """The dictionary that torch.save wrote to a file; nothing in the file is ever executed. Its
+    checksums are verified, which torch.load does not: a flipped bit would go unnoticed. Files of
+    before PyTorch 1.6 have none; of these, only the one whose SHA-256 is given is read."""
+    with reading(path, "is not a PyTorch file of tensors, or it is damaged"):
         if sha256 is None or digest(np.memmap(path, mode="r")) != sha256:
-            with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing, a bomb does
-                damaged = archive.testzip() if all(
-                    member.compress_type == zipfile.ZIP_STORED for member in archive.infolist()
-                ) else "compressed"
-        value = None if damaged else torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever a foreign file makes the two parsers raise
-        raise UserError(f"{path} is not a PyTorch file of tensors, or only part of one") from error
+            with zipfile.ZipFile(path) as archive:
+                if any(m.compress_type != zipfile.ZIP_STORED for m in archive.infolist()):
+                    raise ValueError("torch.save compresses nothing, a bomb does")
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum differs")
+        value = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged or holds no dictionary of tensors")
+        raise UserError(f"{path} holds no dictionary of tensors")
     return value
-
-def fetch(url, sha256=None):
-    """The path of the file at a URL, which is downloaded once, into torch.hub's folder. It gets its
-    name when it is whole: as long as the server said, with this SHA-256; without one, a zip file,
-    which torch.save writes, and not the page of a proxy. Raises UserError if it can't be had."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
-    if path.exists():
-        return path
-    part, before = path.with_name(f"{path.name}.{os.getpid()}.part"), socket.getdefaulttimeout()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{path.name}.*.part*"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
-        socket.setdefaulttimeout(60)  # of silence; torch.hub sets no limit
-        with urllib.request.urlopen(url) as response:
-            size = response.length
-        check_room(path.parent, size or 0, "it")
-        print(f"downloading {url} to {path}", file=sys.stderr)
-        torch.hub.download_url_to_file(url, str(part), sha256)
-        if size is not None and part.stat().st_size != size:
-            raise ValueError(f"the connection broke after {part.stat().st_size} of {size} bytes")
-        if sha256 is None and not zipfile.is_zipfile(part):
-            raise ValueError("what came is not a PyTorch file")
-        os.replace(part, path)
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {url}: {error}. Try again, or get the file some other "
-                        f"way and put it at {path}") from error
-    finally:
-        socket.setdefaulttimeout(before)
-        part.unlink(missing_ok=True)
-    return path
-
-RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
-RELEASED_MODELS = {  # and the SHA-256 of each
-    "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
-    "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
-    "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
-    "RAR-XXL": ("rar_xxl.bin", "85aba44fef7aecfd879829077e541f09da4c29da3b1fd374837601d7322bf6ff"),
-}
-
-def fetch_released(repository, file, sha256=None):
-    """The path of a file on Hugging Face, or on the mirror that HF_ENDPOINT names."""
-    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    with rank_zero_first():
-        return fetch(f"{host.rstrip('/')}/{repository}/resolve/main/{file}", sha256)
-
-def chosen_weights(args):
-    """The path that --weights names, or that of the released --model, which is fetched."""
-    if not args.pretrained:
-        if args.model:
-            raise UserError(f"--model {args.model} goes with --pretrained; the size of --weights "
-                            "is read off the file")
-        return args.weights
-    if args.weights or not args.model:
-        raise UserError(f"--pretrained goes with --model {' | '.join(RELEASED_MODELS)}, and "
-                        "without --weights")
-    fetch_released("fun-research/TiTok", RELEASED)  # and it lies beside the weights
-    return fetch_released("yucornetto/RAR", *RELEASED_MODELS[args.model])
-
-def load_strictly(module, state, path):
-    """Copy a state dict into a module; UserError at the first name or shape that differs."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            here = f"{found[name]}" if name in found else "missing"
-            there = f"{wanted[name]}" if name in wanted else "none of that name"
-            raise UserError(f"{path} does not fit the model: {name} is {here}, expected {there}")
-    module.load_state_dict(state)
-
-def newest_weights():
-    """The weights.pt of the run in runs/ that was saved last, or None."""
-    files = Path("runs").glob("*/weights.pt")
-    return max(files, key=lambda file: file.stat().st_mtime, default=None)
-
-def find_weights(path):
-    """The weights file that is meant by a file, by a run folder, or by None: the newest run's."""
-    if path is None:
-        if (newest := newest_weights()) is None:
-            raise UserError(f"there is no run in {Path('runs').absolute()}: make one with "
-                            "python rar.py train, or name one with --weights")
-        return newest
-    path = Path(path) / "weights.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
-    return path
-
-def read_weights(path):
-    """The state dict of a RAR; the sizes in its Config, as they follow from the shapes; and how
-    many updates it has had, which a run's checkpoint tells and a weights file does not (None)."""
-    state, updates = read_tensors(path), None
-    if state.keys() == CHECKPOINT:
-        state, updates = state["model"], state["updates"]
-    try:
-        ids, width = state["embeddings.weight"].shape
-        codebook_size = len(state["lm_head.bias"])
-        sizes = {
-            "width": width, "codebook_size": codebook_size, "num_classes": ids - codebook_size - 2,
-            "depth": sum(name.endswith(".attn.qkv.bias") for name in state),
-            "heads": width // len(state["blocks.0.attn.q_norm.bias"]),
-            "mlp_width": len(state["blocks.0.mlp.fc1.bias"]),
-            "grid_size": math.isqrt(state["pos_embed"].shape[1] - 1024)}
-        return state, sizes, updates
-    except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} holds no weights of a RAR") from error
-
-def init_weights(model, path):
-    """Copy weights of the same shapes into the model. Where the classes are others, their rows of
-    the embedding table stay as they are."""
-    state, _, _ = read_weights(find_weights(path))
-    own, first = model.state_dict()["embeddings.weight"], model.config.codebook_size + 1
-    given = state["embeddings.weight"]
-    if given.shape != own.shape and given.shape[1:] == own.shape[1:] and len(given) > first:
-        print(f"{path} knows {len(given) - first - 1} classes, not {len(own) - first - 1}: "
-              "the embeddings of the classes start anew")
-        state["embeddings.weight"] = torch.cat([given[:first], own[first:].cpu()])
-    load_strictly(model, state, path)
-
-def read_config(folder, default):
-    """The dataclass of `default` from the config.json in a folder; the default if there is none."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        return default
-    values = read_json(path)
-    try:
-        return type(default)(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (TypeError, UserError) as error:
-        raise UserError(f"{path} is not the config of a run: {error}") from error
 
 def existing(folder):
     """The folder, or the nearest above it that there is."""
@@ -489,25 +323,143 @@ def check_room(folder, size, what):
         raise UserError(f"{what} needs {size / 1e9:.2f} GB in {folder}, which has room for "
                         f"{free / 1e9:.2f} GB")
 
+def fetch(url, sha256=None):
+    """The path of the file at a URL, which is downloaded once, into torch.hub's folder. It gets its
+    name when it is whole: as long as the server said, with this SHA-256; without one, a zip file,
+    which torch.save writes, and not the page of a proxy."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
+    if path.exists():
+        return path
+    for left in path.parent.glob(f"{path.name}.*.part*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
+    with replacing(path, f".{os.getpid()}.part") as beside:  # two may download it at once
+        silence = socket.getdefaulttimeout()
+        try:
+            socket.setdefaulttimeout(60)  # torch.hub sets no limit
+            with urllib.request.urlopen(url) as response:
+                size = response.length
+            check_room(path.parent, size or 0, url)
+            print(f"downloading {url} to {path}", file=sys.stderr)
+            torch.hub.download_url_to_file(url, str(beside), sha256)
+            if size is not None and beside.stat().st_size != size:
+                raise ValueError(f"the connection broke after {beside.stat().st_size} bytes")
+            if sha256 is None and not zipfile.is_zipfile(beside):
+                raise ValueError("what came is not a PyTorch file")
+        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+            raise UserError(f"cannot download {url}: {error}. Try again, or get the file some "
+                            f"other way and put it at {path}") from error
+        finally:
+            socket.setdefaulttimeout(silence)
+    return path
+
+RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
+RELEASED_MODELS = {  # and the SHA-256 of each
+    "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
+    "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
+    "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
+    "RAR-XXL": ("rar_xxl.bin", "85aba44fef7aecfd879829077e541f09da4c29da3b1fd374837601d7322bf6ff"),
+}
+CHECKPOINT = {"updates", "model", "optimizer"}  # what a checkpoint holds
+
+def fetch_released(repository, file, sha256=None):
+    """The path of a file on Hugging Face, or on the mirror that HF_ENDPOINT names."""
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    with rank_zero_first():
+        return fetch(f"{host.rstrip('/')}/{repository}/resolve/main/{file}", sha256)
+
+def chosen_weights(args):
+    """The path that --weights names, or that of the released --model, which is fetched."""
+    if args.pretrained != bool(args.model) or args.model and args.weights:
+        raise UserError(f"--pretrained goes with --model {' | '.join(RELEASED_MODELS)}, and both "
+                        "without --weights, whose size is read off the file")
+    if not args.model:
+        return args.weights
+    fetch_released("fun-research/TiTok", RELEASED)  # and it lies beside the weights
+    return fetch_released("yucornetto/RAR", *RELEASED_MODELS[args.model])
+
+def load_strictly(module, state, path):
+    """Copy a state dict into a module; UserError at the first name or shape that differs."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    for name in wanted | found:
+        here, there = found.get(name, "missing"), wanted.get(name, "none of that name")
+        if here != there:
+            raise UserError(f"{path} does not fit the model: {name} is {here}, expected {there}")
+    module.load_state_dict(state)
+
+def newest_weights():
+    """The weights.pt of the run in runs/ that was saved last, or None."""
+    files = Path("runs").glob("*/weights.pt")
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+
+def find_weights(path):
+    """The weights file that is meant by a file, by a run folder, or by None: the newest run's."""
+    path = newest_weights() if path is None else Path(path)
+    if path is None:
+        raise UserError(f"there is no run in {Path('runs').absolute()}: make one with "
+                        "python rar.py train, or name one with --weights")
+    return path / "weights.pt" if path.is_dir() else path
+
+def read_weights(path):
+    """The state dict of a RAR; the sizes in its Config, as they follow from the shapes; and how
+    many updates it has had, which a run's checkpoint tells and a weights file does not (None)."""
+    state, updates = read_tensors(path), None
+    if state.keys() == CHECKPOINT:
+        state, updates = state["model"], state["updates"]
+    with reading(path, "holds no weights of a RAR"):
+        ids, width = state["embeddings.weight"].shape
+        codebook_size = len(state["lm_head.bias"])
+        sizes = {
+            "width": width, "codebook_size": codebook_size, "num_classes": ids - codebook_size - 2,
+            "depth": sum(name.endswith(".attn.qkv.bias") for name in state),
+            "heads": width // len(state["blocks.0.attn.q_norm.bias"]),
+            "mlp_width": len(state["blocks.0.mlp.fc1.bias"]),
+            "grid_size": math.isqrt(state["pos_embed"].shape[1] - 1024)}
+    return state, sizes, updates
+
+def init_weights(model, path):
+    """Copy weights of the same shapes into the model. Where the classes are others, their rows of
+    the embedding table stay as they are."""
+    state, sizes, _ = read_weights(find_weights(path))
+    table, config, given = "embeddings.weight", model.config, sizes["num_classes"]
+    if given != config.num_classes and sizes["width"] == config.width:
+        print(f"{path} knows {given} classes, not {config.num_classes}: the embeddings of the "
+              "classes start anew")
+        first = config.codebook_size + 1
+        state[table] = torch.cat([state[table][:first], model.state_dict()[table][first:].cpu()])
+    load_strictly(model, state, path)
+
+def read_config(folder, default):
+    """The dataclass of `default` from the config.json in a folder; the default if there is none."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return default
+    values = read_json(path)
+    with reading(path):
+        return type(default)(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
 def held_out_text(config, result):
     return "held-out " + ", ".join(
         f"{result[key + '_bits']:.3f} bits/token in {name} order "
         f"({result[key + '_accuracy']:.0%} of tokens right)"
         for name, key in ((config.order, "final_order"), ("random", "random_order")))
 
-CHECKPOINT = {"updates", "model", "optimizer"}  # what a checkpoint holds
-
 class Run:
     """The folder of a training run: config.json, tokenizer.pt, checkpoint-*.pt (all that is needed
     to go on), weights.pt (names as released), log.jsonl, and the previews step-*.png."""
 
     # What may change while a run goes on: weights follow from it by rounding alone, and dropout
-    # masks from micro_batch.
-    free = ("micro_batch", "recompute", "log_every", "save_every", "keep_every", "scale", "power",
-            "temperature")
+    # masks from micro_batch and compile.
+    free = ("micro_batch", "recompute", "compile", "log_every", "save_every", "keep_every", "scale",
+            "power", "temperature")
 
     def __init__(self, folder, config):
         self.folder, self.config = Path(folder), config
+        self.log_path = self.folder / "log.jsonl"
+        # after so many updates r leaves 1: the last of a model for any order
+        self.annealing_starts = math.ceil(config.anneal[0] * config.steps)
         # asked: a signal came to this process; stopped: one came to any, and all know it
         self.asked = self.stopped = False
         check_folder(self.folder, f"--out {folder}")
@@ -523,27 +475,26 @@ class Run:
     def load(self, model, optimizer):
         """Copy the newest checkpoint that can be read, if there is one, into both. Returns the
         updates that were made. Raises UserError if it is that of another config."""
-        weights, there = self.folder / "weights.pt", self.checkpoints()
-        if weights.exists() and not there:
-            raise UserError(f"{self.folder} holds weights.pt but no checkpoint to go on from: "
-                            "name another folder with --out")
-        if not there:
+        elsewhere = "name another folder with --out"
+        weights, paths = self.folder / "weights.pt", list(self.checkpoints().values())
+        if not paths:
+            if weights.exists():
+                raise UserError(f"{weights} has no checkpoint beside it to go on from: {elsewhere}")
             return 0
         saved = read_config(self.folder, self.config)
         for field in dataclasses.fields(saved):
             old, new = getattr(saved, field.name), getattr(self.config, field.name)
             if old != new and field.name not in self.free:
-                was = f"with {flag(field)} {old}" if old != "" else f"without {flag(field)}"
-                raise UserError(f"{self.folder} holds a run {was}, not {new}: name another folder "
-                                "with --out")
-        for path in there.values():
+                raise UserError(f"{self.folder} holds a run with {flag(field)} {old!r}, not "
+                                f"{new!r}: {elsewhere}")
+        for path in paths:
             try:
                 state = read_tensors(path)
                 if state.keys() != CHECKPOINT:
                     raise UserError(f"{path} is not the checkpoint of a run")
                 break
             except UserError as error:
-                if path == list(there.values())[-1]:
+                if path == paths[-1]:
                     raise
                 print(f"{error}; going on from the checkpoint before it")
         load_strictly(model, state["model"], path)
@@ -561,58 +512,59 @@ class Run:
         if RANK > 0:
             return
         self.check_still_there()
-        done, weights = step + 1, {n: tensor.cpu() for n, tensor in model.state_dict().items()}
-        write_tensors(self.folder / f"checkpoint-{done:07}.pt", {
-            "updates": done, "model": weights, "optimizer": optimizer.state_dict()})
+        weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        write_tensors(self.folder / f"checkpoint-{step + 1:07}.pt", {
+            "updates": step + 1, "model": weights, "optimizer": optimizer.state_dict()})
         write_tensors(self.folder / "weights.pt", weights)
-        every = self.config.keep_every
+        every = self.config.keep_every or math.inf
         for number, path in list(self.checkpoints().items())[2:]:
-            if number != self.annealing_starts() and not (every and number % every == 0):
+            if number != self.annealing_starts and number % every:
                 with contextlib.suppress(OSError):  # not worth ending a run
                     path.unlink()
 
-    def annealing_starts(self):
-        """The number of updates after which r leaves 1: the last of a model for any order."""
-        return math.ceil(self.config.anneal[0] * self.config.steps)
+    def open_folder(self, first):
+        """Hold the folder against a second process, until this Run is gone; note the config; cut
+        the log behind update `first`: what came after it is made again, and so is half a line."""
+        self.lock = open(self.folder / ".lock", "ab")
+        try:
+            if fcntl is not None:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.folder} is in use by another process: wait for it") from error
+        write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+        if self.log_path.exists():
+            lines = self.log_path.read_text(errors="replace").splitlines()
+            found = filter(None, (re.fullmatch(r'\{"step": (\d+), .*\}', line) for line in lines))
+            with replacing(self.log_path) as beside:
+                beside.write_text("".join(m[0] + "\n" for m in found if int(m[1]) <= first))
 
     def updates(self, first, images):
         """Yield the updates first .. steps - 1 under a progress bar; a pass is of so many `images`.
         On Ctrl-C, SIGTERM or SIGHUP, the one in hand is the last: `stopped` is set, to be saved
         before the next is asked for."""
-        self.log_path, self.images, kept = self.folder / "log.jsonl", images, []
+        self.images = images
         if RANK == 0:
-            lock(self.folder / ".lock")
-            write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-            # what was logged after the checkpoint is made again, and so is half a line
-            if self.log_path.exists():
-                for line in self.log_path.read_bytes().splitlines():
-                    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                        if json.loads(line)["step"] <= first:
-                            kept.append(line.decode())
-            with replacing(self.log_path) as beside:
-                beside.write_text("".join(line + "\n" for line in kept))
+            self.open_folder(first)
 
         def note(number, frame):
             self.asked = True
-            signal.signal(number, previous[number])  # the second one strikes at once
+            signal.signal(number, before[number])  # the second one strikes at once
             tqdm.write("stopping after this update", file=sys.stderr)
 
-        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-                   if hasattr(signal, name)]
-        previous = {number: signal.signal(number, note) for number in signals
-                    if signal.getsignal(number) is not signal.SIG_IGN}  # as under nohup
-        self.bar = tqdm(total=self.config.steps, initial=first,
-                        bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|")
-        self.start_clock()
-        try:
-            with self.bar:
-                for step in range(first, self.config.steps):
-                    yield step
-                    if self.stopped:
-                        return
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        before = {}
+        with contextlib.ExitStack() as after:
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
+                    before[number] = signal.signal(number, note)
+                    after.callback(signal.signal, number, before[number])
+            self.bar = after.enter_context(tqdm(
+                total=self.config.steps, initial=first,
+                bar_format="step {n}/{total}{postfix}, {remaining} left |{bar}|"))
+            self.start_clock()
+            for step in range(first, self.config.steps):
+                yield step
+                if self.stopped:
+                    return
 
     def start_clock(self):
         """Begin anew what is gathered between two lines of the log."""
@@ -620,63 +572,52 @@ class Run:
 
     def wait_for(self, future):
         """The result of a future; the time that it takes is logged as waiting."""
-        begin = time.perf_counter()
+        self.waited -= time.perf_counter()
         result = future.result()
-        self.waited += time.perf_counter() - begin
+        self.waited += time.perf_counter()
         return result
 
-    def is_milestone(self, step):
-        done = step + 1
-        return (done % self.config.save_every == 0
-                or done in (self.annealing_starts(), self.config.steps))
-
-    def preview(self, step):
-        return self.folder / f"step-{step + 1:06}.png"
-
-    def report(self, step, line):
-        """Move the bar, and on every log_every-th update log what the step said of itself."""
+    def report(self, step, line, evaluate):
+        """Move the bar. On every log_every-th update log what the step said of itself, `line`; at a
+        `milestone`, of which there is a preview and a checkpoint, also what evaluate() says."""
         done = step + 1
         self.bar.update()
         self.lines.append(line)
         self.stopped = sum_over_processes(torch.tensor(float(self.asked))) > 0
-        if not (done == 1 or done % self.config.log_every == 0 or self.is_milestone(step)
-                or self.stopped):
+        self.milestone = (done % self.config.save_every == 0
+                          or done in (self.annealing_starts, self.config.steps))
+        logged = self.milestone or done == 1 or done % self.config.log_every == 0
+        if not logged and not self.stopped:
             return
         # only here is the device waited for: the loss of every update since the last line
         for past, each in enumerate(self.lines, done - len(self.lines) + 1):
-            if not all(math.isfinite(each[key]) for key in ("loss", "gradient_norm")):
-                there = next(iter(self.checkpoints().values()), "no checkpoint yet")
-                raise UserError(
-                    f"update {past}: the loss is {float(each['loss'])}, the norm of its gradient "
-                    f"{float(each['gradient_norm'])}. {self.folder} is as it was (last good: "
-                    f"{there}). Try a lower --lr, a longer --warmup or --precision float32")
+            loss, norm = float(each["loss"]), float(each["gradient_norm"])
+            if not math.isfinite(loss + norm):
+                last = next(iter(self.checkpoints().values()), "no checkpoint yet")
+                raise UserError(f"update {past}: the loss is {loss}, the norm of its gradient "
+                                f"{norm}. {self.folder} is as it was (last good: {last}). Try a "
+                                "lower --lr, a longer --warmup or --precision float32")
         seconds, batch = time.perf_counter() - self.clock, self.config.batch
-        self.line = {key: float(value) for key, value in line.items()} | {
-            "images_per_second": len(self.lines) * batch / seconds,
-            "waiting": self.waited / seconds, "passes": done * batch / self.images}
+        line = {key: float(value) for key, value in line.items()}
+        line |= {"images_per_second": len(self.lines) * batch / seconds,
+                 "waiting": self.waited / seconds, "passes": done * batch / self.images}
         self.bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}, "
-                                 "{images_per_second:,.3g} images/s".format(**self.line))
-        if not self.is_milestone(step) and (done % self.config.log_every == 0 or done == 1):
-            self.log(step, self.line)
-        self.start_clock()
-
-    def report_held_out(self, step, result):
-        self.log(step, self.line | result)
-        self.bar.write(f"step {step + 1}: {held_out_text(self.config, result)}")
-        self.start_clock()
-
-    def log(self, step, line):
-        if RANK == 0:
+                                 "{images_per_second:,.3g} images/s".format(**line))
+        if logged and RANK == 0:
+            if self.milestone:
+                line |= (result := evaluate())
+                self.bar.write(f"step {done}: {held_out_text(self.config, result)}")
             self.check_still_there()
             with writing(self.log_path), open(self.log_path, "a") as file:
-                file.write(json.dumps({"step": step + 1} | line) + "\n")
+                file.write(json.dumps({"step": done} | line) + "\n")
+        self.start_clock()
 
     def say_what_next(self):
         """Say how it ended and what to type next. Raises KeyboardInterrupt if it was stopped."""
         if self.stopped:
             raise KeyboardInterrupt(f"stopped; {self.folder} is saved, the same command goes on")
         print(f"{self.folder} is finished: {self.config.steps} updates. "
-              f"Look at {self.preview(self.config.steps - 1)}")
+              f"Look at {self.folder / f'step-{self.config.steps:06}.png'}")
         is_newest = newest_weights() == self.folder / "weights.pt"
         where = "" if is_newest else f" --weights {shlex.quote(str(self.folder))}"
         print(f"next: python rar.py sample{where}")
