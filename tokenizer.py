@@ -4,7 +4,7 @@
     replacing, read_*, write_*  the one place that writes files; one reader for every format
     Run                         the folder of a training run, its progress bar and Ctrl-C
     draw_shape                  the built-in data: ten kinds of shapes, drawn with Pillow
-    center_crop, ten_crop       photographs to squares of pixels, as the authors cut them
+    center_crop, crop           photographs to squares of pixels, as the authors cut them
     PatchTokenizer              pictures <-> tokens: k-means codes of patches, a linear decoder
     MaskGITVQGAN                the published tokenizer, from the released file
     encode_pictures             folders of photographs to a file of tokens, once
@@ -770,10 +770,9 @@ def class_folders(folder):
     """The folders of the classes in a data folder, sorted: those of its train/, if it has one."""
     folder = Path(folder)
     if not folder.is_dir():
-        known = LAYOUT + "; the built-in data is 'shapes'"
-        if folder.suffix == ".jsonl":
-            known = "the authors' is maskgitvq.jsonl in yucornetto/RAR on Hugging Face"
-        raise UserError(f"--data {folder}: there is no such folder or file; {known}")
+        raise UserError(f"--data {folder}: there is no such folder or file; {LAYOUT}; 'shapes' is "
+                        "built in; the authors' maskgitvq.jsonl is at yucornetto/RAR on Hugging "
+                        "Face")
     root = folder / "train" if (folder / "train").is_dir() else folder
     found = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     if not found:
@@ -797,18 +796,16 @@ def labelled_pictures(folder):
     """The training and the held-out pictures of a data folder: two lists of (class, path). Without
     a val/, every twentieth picture is held out."""
     folders, val = class_folders(folder), Path(folder) / "val"
-    every = [(c, path) for c, each in enumerate(folders) for path in pictures_in(each)]
-    if len(every) < (1 if val.is_dir() else 20):
-        raise UserError(f"--data {folder}: the class folders hold {len(every) or 'no'} pictures, "
-                        "too few to learn from")
+    train, held_out = (
+        [(c, path) for c, each in enumerate(folders) for path in pictures_in(root / each.name)]
+        for root in (folders[0].parent, val))
     if not val.is_dir():
-        return [x for i, x in enumerate(every) if i % 20 != 19], every[19::20]
-    held_out = [(c, path) for c, each in enumerate(folders)
-                for path in pictures_in(val / each.name)]
-    if not held_out:
-        raise UserError(f"--data {folder}: no class folder of val/ is named as one of train/ and "
-                        "holds pictures")
-    return every, held_out
+        train, held_out = [x for i, x in enumerate(train) if i % 20 != 19], train[19::20]
+    if not train or not held_out:
+        raise UserError(f"--data {folder}: {len(train) or 'no'} pictures to learn from and "
+                        f"{len(held_out) or 'none'} held out; expected 20, or a val/ with a class "
+                        "folder named as one of train/")
+    return train, held_out
 
 # A picture may be as large as Pillow takes for sane; beyond that it only warns at first.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -992,21 +989,22 @@ def named(**modules):
 
 def encoder():
     """(B, 3, 256, 256) in [0, 1] -> (B, 256, 16, 16)"""
-    widths = [(128, 128), (128, 128), (128, 256), (256, 256), (256, 512)]
+    widths = [(128, 128), (128, 128), (128, 256), (256, 256)]
     levels = [named(block=two_blocks(*pair), halve=nn.AvgPool2d(2)) for pair in widths]
-    del levels[-1].halve
-    return named(conv_in=nn.Conv2d(3, 128, 3, padding=1, bias=False), down=nn.Sequential(*levels),
+    down = nn.Sequential(*levels, named(block=two_blocks(256, 512)))
+    return named(conv_in=nn.Conv2d(3, 128, 3, padding=1, bias=False), down=down,
                  mid=two_blocks(512, 512), norm_out=nn.GroupNorm(32, 512, eps=1e-6),
                  silu=nn.SiLU(), conv_out=nn.Conv2d(512, 256, 1))
 
 def decoder():
     """(B, 256, 16, 16) -> (B, 3, 256, 256), about in [0, 1]"""
-    levels = {"4": (512, 512), "3": (512, 256), "2": (256, 256), "1": (256, 128)}
-    up = {name: named(block=two_blocks(inputs, outputs), enlarge=nn.Upsample(scale_factor=2),
-                      upsample_conv=nn.Conv2d(outputs, outputs, 3, padding=1))
-          for name, (inputs, outputs) in levels.items()} | {"0": named(block=two_blocks(128, 128))}
-    return named(conv_in=nn.Conv2d(256, 512, 3, padding=1), mid=two_blocks(512, 512),
-                 up=named(**up), norm_out=nn.GroupNorm(32, 128, eps=1e-6), silu=nn.SiLU(),
+    widths = {"4": (512, 512), "3": (512, 256), "2": (256, 256), "1": (256, 128)}
+    levels = {name: named(block=two_blocks(inputs, outputs), enlarge=nn.Upsample(scale_factor=2),
+                          upsample_conv=nn.Conv2d(outputs, outputs, 3, padding=1))
+              for name, (inputs, outputs) in widths.items()}  # run from 4, the coarsest, to 0
+    up = named(**levels, **{"0": named(block=two_blocks(128, 128))})
+    return named(conv_in=nn.Conv2d(256, 512, 3, padding=1), mid=two_blocks(512, 512), up=up,
+                 norm_out=nn.GroupNorm(32, 128, eps=1e-6), silu=nn.SiLU(),
                  conv_out=nn.Conv2d(128, 3, 3, padding=1))
 
 class MaskGITVQGAN(nn.Module):
@@ -1098,7 +1096,7 @@ def digest(*parts):
 def digest_of(module):
     return digest(*(tensor.cpu().numpy() for tensor in module.state_dict().values()))
 
-def open_tokens(path, description={}):
+def open_tokens(path, description):
     """The rows of a finished token file (N, 1 + T), memory-mapped; None if there is none, or one of
     another description. Raises UserError if its bytes are not those that were written."""
     about, part = path.with_suffix(".json"), path.with_suffix(".part")
@@ -1129,9 +1127,9 @@ def token_file(path, description, batches):
     if (rows := open_tokens(path, description)) is not None:
         return rows
     about, part, width = path.with_suffix(".json"), path.with_suffix(".part"), description["width"]
-    state = description | {"done": 0, "skipped": [], "blocks": []}
-    if about.exists() and part.exists() and description.items() <= read_json(about).items():
-        state = read_json(about)
+    state = read_json(about) if about.exists() and part.exists() else {}
+    if not description.items() <= state.items():
+        state = description | {"done": 0, "skipped": [], "blocks": []}
     with writing(part):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
@@ -1227,8 +1225,7 @@ class Data:
     train: np.ndarray
     held_out: np.ndarray
     tokenizer: nn.Module
-    examples: torch.Tensor = torch.empty(0)  # (N, 3, H, W): for previews, photographs and then
-                                             # what is left of them
+    examples: torch.Tensor = torch.empty(0)  # (N, 3, H, W), of previews: photographs, and decoded
 
 def class_names(data):
     """The names of the classes in a data set, by number. UserError if there is no such data."""
