@@ -735,11 +735,8 @@ def draw_shape(index):
 # ---- Photographs ---------------------------------------------------------------------------------
 
 def center_crop(image, size):
-    """The middle of a picture as ADM cuts it: (size, size, 3) uint8.
-
-    Halved with a box filter while the short side is at least twice too long, then bicubic to the
-    size; what is smaller is enlarged.
-    """
+    """The middle of a picture as ADM cuts it, (size, size, 3) uint8: halved with a box filter while
+    the short side is at least twice too long, then bicubic to the size; small ones are enlarged."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -826,7 +823,7 @@ def read_picture(file, crops, size):
         return f"{type(error).__name__}: {error}".split("\n")[0]
 
 def read_pictures(files, crops, size):
-    """Yield what read_picture makes of each file, in order. Threads do it: Pillow decodes and
+    """Yield what read_picture makes of each file, in order. Threads suffice: Pillow decodes and
     resizes without Python's lock."""
     with ThreadPoolExecutor() as pool:
         upcoming = ()
@@ -842,9 +839,9 @@ def crop_images(files, size):
         raise UserError(f"{files[0]}: neither this picture nor any other can be read")
     return to_float(np.concatenate(crops))
 
-def folder_batches(files, crop, batch):
-    """The pictures of the files, as tokenizer.py reconstruct cuts them or as they are."""
-    items, size = zip(files, read_pictures(files, crop and "center", crop)), None
+def folder_batches(files, crop_size, batch):
+    """The pictures of the files, as tokenizer.py reconstruct cuts them or as they are (None)."""
+    items, size = zip(files, read_pictures(files, crop_size and "center", crop_size)), None
     while chunk := list(itertools.islice(items, batch)):
         for file, item in chunk:
             if isinstance(item, str):  # without it, this would be the score of another set
@@ -1165,7 +1162,7 @@ def encode_pictures(pictures, tokenizer, crops, names, device, path=None, title=
     the one before. The token file is `path`, or one in runs/tokens/ that belongs to these very
     pictures, tokenizer and crops."""
     files = [str(file) for _, file in pictures]
-    sizes = [os.stat(file).st_size if os.path.isfile(file) else -1 for file in files]
+    sizes = [os.path.isfile(file) and os.path.getsize(file) for file in files]
     description = {
         "tokenizer": digest_of(tokenizer), "width": 1 + tokenizer.grid_size**2,
         "crops": crops, "image_size": tokenizer.image_size, "class_names": list(names),
@@ -1232,7 +1229,7 @@ def class_names(data):
     if data == "shapes":
         return tuple(SHAPES)
     if Path(data).suffix == ".jsonl" and Path(data).is_file():
-        return tuple(str(number) for number in range(1000))  # the authors' token file
+        return tuple(map(str, range(1000)))  # the authors' token file
     return tuple(folder.name for folder in class_folders(data))
 
 def class_numbers(texts, config, source):
@@ -1304,8 +1301,8 @@ def open_data(config, folder, device, fit=False):
                             title=f"{title(data)}-{part}")
             for pictures, crops, part in ((train, config.crops, "train"),
                                           (held_out, "center", "held-out"))]
-    first = {c: str(file) for c, file in reversed(held_out)}  # one picture of each class
-    originals = crop_images(list(first.values())[::-1][:COLUMNS], tokenizer.image_size)
+    first = dict(reversed(held_out))  # one picture of each class
+    originals = crop_images([first[c] for c in sorted(first)][:COLUMNS], tokenizer.image_size)
     again = tokenizer.decode(tokenizer.encode(originals.to(device))).cpu()
     return Data(*rows, tokenizer, torch.cat([originals, again]))
 
