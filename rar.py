@@ -547,7 +547,7 @@ def train(config, run, device, autocast):
             return ahead.submit(draw_batch, data.train, config, step, tok.RANK, tok.WORLD_SIZE)
 
         upcoming = load(first)
-        images = len(data.train) / tok.CROP_COUNTS[config.crops]  # ten rows, or two, are of one
+        images = len(data.train) / tok.CROPS[config.crops]  # ten rows, or two, are of one
         for step in run.updates(first, images):  # ends early on Ctrl-C
             batch, upcoming = run.wait_for(upcoming), load(step + 1)
             line = train_step(network.train(), optimizer, config, batch, step, autocast)

@@ -686,7 +686,7 @@ def test_center_crop_and_ten_crop():
     x, y = np.meshgrid(np.arange(120), np.arange(90))
     picture = Image.fromarray(np.stack([x * 2, y * 2, x + y], -1).astype(np.uint8))
     assert np.array_equal(tok.center_crop(picture, 90), np.asarray(picture)[:, 15:105])
-    whole, crops = tok.center_crop(picture, 88), tok.ten_crop(picture, 80)
+    whole, crops = tok.center_crop(picture, 88), tok.crop(picture, 80, "ten")
     assert crops.shape == (10, 80, 80, 3)
     for crop, (top, left) in zip(crops, [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]):
         assert np.array_equal(crop, whole[top:top + 80, left:left + 80])
@@ -707,7 +707,7 @@ def test_crops_are_the_authors():
             picture = Image.fromarray(tiles)
         assert list(picture.size) == expected["size"]
         assert sha(tok.center_crop(picture, 256)) == expected["center256_sha256"]
-        assert [sha(crop) for crop in tok.ten_crop(picture, 256)] == expected["tencrop_sha256"]
+        assert [sha(crop) for crop in tok.crop(picture, 256, "ten")] == expected["tencrop_sha256"]
 
 def test_shortcut_of_the_published_tokenizer_skips_the_input():
     block = tok.ResidualBlock(32, 64)
@@ -848,15 +848,15 @@ def test_encoding_goes_on_after_a_kill(photographs, monkeypatch):
     monkeypatch.setattr(tok, "BLOCK_SECONDS", -1)  # a block for every picture
     blocks = []
 
-    def killed(self, *arguments):
+    def killed(path, value):
         if len(blocks) == 7:
             raise SystemError("as if killed")
-        blocks.append(arguments)
-        return write_block(self, *arguments)
+        blocks.append(value)
+        write_json(path, value)
 
-    write_block = tok.TokenWriter.block
+    write_json = tok.write_json
     with monkeypatch.context() as patch:
-        patch.setattr(tok.TokenWriter, "block", killed)
+        patch.setattr(tok, "write_json", killed)
         with pytest.raises(SystemError):
             tok.main([*arguments, "parts.npy"])
     assert not Path("parts.npy").exists()
@@ -881,18 +881,18 @@ def test_the_authors_token_file(workplace, capsys):
                                                 random.integers(1024, size=(60, 256)))]
     lines = [json.dumps({"class_id": c, "tokens": t}) for c, t in rows]
     Path("maskgitvq.jsonl").write_text("\n".join(lines) + "\n")
-    found = tok.import_jsonl("maskgitvq.jsonl", Path("tokens.npy"))
+    found = tok.import_jsonl("maskgitvq.jsonl", Path("tokens.npy"), 256)
     assert found.tolist() == [[c, *t] for c, t in rows]
     assert tok.class_names("maskgitvq.jsonl")[999] == "999"
     Path("spaced.jsonl").write_text("\n".join([" " + line for line in lines]))  # any other JSON
-    assert np.array_equal(tok.import_jsonl("spaced.jsonl", Path("spaced.npy")), found)
+    assert np.array_equal(tok.import_jsonl("spaced.jsonl", Path("spaced.npy"), 256), found)
     start = '{"class_id": 1, "tokens": ['
     for wrong in (start + "1," * 254 + ",1]}", start.replace("1", "1000") + "1," * 255 + "1]}",
                   start + "1, 2]}", start + "1024," * 255 + "1]}", '{"class_id": 1}', "{", "[]", "",
                   '{"class_id": 1, "tokens": "x"}'):
         Path("bad.jsonl").write_text("\n".join([*lines[:7], wrong]) + "\n")
         with pytest.raises(tok.UserError, match="bad.jsonl: line 8"):
-            tok.import_jsonl("bad.jsonl", Path("bad.npy"))
+            tok.import_jsonl("bad.jsonl", Path("bad.npy"), 256)
     assert "--tokenizer" in refused(["train", "--data", "maskgitvq.jsonl", "--tokenizer", "patch",
                                      "--depth", "1"], capsys)
 
@@ -1786,9 +1786,9 @@ READERS = {  # file: how it is read, and whether a change can go unnoticed
     "checkpoint-0000006.pt": (tok.read_tensors, False),
     "tokenizer.pt": (lambda path: tok.load(path).state_dict(), False),
     "config.json": (lambda path: tok.read_config(path.parent, Config()), True),
-    "tokens.npy": (tok.open_tokens, False),
-    "tokens.json": (lambda path: tok.open_tokens(path.with_suffix(".npy")), True),
-    "tokens.jsonl": (lambda path: tok.import_jsonl(path, path.with_name("imported.npy")), True),
+    "tokens.npy": (lambda path: tok.open_tokens(path, {}), False),
+    "tokens.json": (lambda path: tok.open_tokens(path.with_suffix(".npy"), {}), True),
+    "tokens.jsonl": (lambda path: tok.import_jsonl(path, path.with_name("imported.npy"), 16), True),
     "samples.npz": (read_npz, False),
     "stats.npz": (read_npz, False),
     "plain.npy": (read_npz, True),
@@ -1796,7 +1796,7 @@ READERS = {  # file: how it is read, and whether a change can go unnoticed
     "a.jpg": (lambda path: tok.read_picture(path, "center", 32), True),
 }
 
-def test_damaged_files(trained, workplace):
+def test_damaged_files(trained, workplace, monkeypatch):
     """Each file that is read, damaged in 40 ways: refused in one line that names it, or without
     effect, or one that carries no checksum: a digit of a text, a raw array, pixels that decode."""
     rng, folder = random.Random(1), workplace / "runs/shapes-tiny"
@@ -1809,10 +1809,9 @@ def test_damaged_files(trained, workplace):
              **{n.replace("mu", "sigma"): np.eye(w) for n, w in sizes.items()})
     lines = [json.dumps({"class_id": i, "tokens": [i] * 16}) + "\n" for i in range(30)]
     (folder / "tokens.jsonl").write_text("".join(lines))
-    writer = tok.TokenWriter(folder / "tokens.npy", {}, 17)
-    for i in range(3):
-        writer.block(np.arange(170).reshape(10, 17) + i, 10 * i + 10)
-    writer.finish()
+    monkeypatch.setattr(tok, "BLOCK_SECONDS", -1)  # a block for every ten rows
+    tok.token_file(folder / "tokens.npy", {"width": 17}, lambda state: (
+        np.arange(170).reshape(10, 17) + i for i in range(3)))
     unnoticed = {}
     for name, (read, may_pass) in READERS.items():
         path = folder / name
@@ -1843,7 +1842,7 @@ def test_hostile_files(workplace, capsys):
     np.savez("objects.npz", arr_0=np.array([{}, {}], dtype=object))
     for path, read in (("outside.pt", tok.read_tensors), ("bomb.pt", tok.read_tensors),
                        ("deep.json", tok.read_json), ("objects.npz", read_npz),
-                       ("deep.jsonl", lambda path: tok.import_jsonl(path, Path("x.npy")))):
+                       ("deep.jsonl", lambda path: tok.import_jsonl(path, Path("x.npy"), 16))):
         with pytest.raises(tok.UserError, match=path):
             read(path)
     assert not Path("../evil").exists()
