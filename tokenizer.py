@@ -1370,8 +1370,10 @@ class Samples:
                 with Image.open(file) as image:
                     same = image.info.get("settings") == self.settings
                     image.verify()
-        except Exception:  # half a file is none
-            return False
+        except Exception:  # half a picture is none; but what is no .npz of ours isn't ours to replace
+            if file != self.path or not file.exists():
+                return False
+            same = False
         if not same and self.kind != ".png":  # the parts of a grid are nobody's
             made = self.path if file == self.path else self.store
             raise UserError(f"{made} was made with other settings: remove it or name another --out")
