@@ -465,6 +465,7 @@ def test_train_sample_eval(workplace, capsys):
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_resume_is_exact(workplace, monkeypatch, capsys, stop_after):
     assert rar.main([*TRAIN, "--out", "whole"]) == 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     with monkeypatch.context() as patch:
         at_step(patch, stop_after, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert rar.main([*TRAIN, "--out", "parts"]) == 130
