@@ -56,7 +56,7 @@ from tokenizer import UserError, knob
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run depends on. A knob(default, reason, least, most) is a flag of the same name.
+    """All that a run depends on. A knob(default, reason, least=0, most=1e9) is a flag of its name.
     The defaults of the network and its training are RAR-B's in the paper (Tables 1, 4 and 6)."""
     # The data, from which num_classes and class_names follow
     data: str = knob("shapes", "shapes, drawn on the spot; a folder of class folders; or a .jsonl")
@@ -82,7 +82,7 @@ class Config:
     target_aware: bool = knob(True, "tell each token which cell is next; for the ablation")
     label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
     # The optimisation
-    steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1, 1e9)
+    steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1)
     batch: int = knob(2048, "samples of an update, over all processes", 1, 1e6)
     micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1,
                             1e6)
@@ -95,15 +95,13 @@ class Config:
     betas: tuple = knob((0.9, 0.96), "AdamW's averaging of gradients and their squares", 0, 0.9999)
     clip: float = knob(1.0, "the norm to which a larger gradient is shortened", 1e-6)
     seed: int = knob(0, "of all randomness: weights, batches, orders, pictures", 0, 2**63 - 1)
-    log_every: int = knob(100, "updates between two lines of the log", 1, 1e9)
-    save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1,
-                          1e9)
-    keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two", 0,
-                          1e9)
+    log_every: int = knob(100, "updates between two lines of the log", 1)
+    save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
+    keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two")
     # Sampling
     scale: float = knob(16.0, "guidance at the end of a picture; 0 is none, as is 1", 0, 1e6)
-    power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout", 0)
-    temperature: float = knob(1.0, "of the softmax; 0 takes the likeliest token", 0)
+    power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout")
+    temperature: float = knob(1.0, "of the softmax; 0 takes the likeliest token")
 
     def __post_init__(self):
         tok.check_knobs(self)
@@ -259,8 +257,9 @@ class RAR(nn.Module):
 
     def run_slots(self, prefix, labels, orders, start=0, cache=None):
         """Logits (B, S, V) of slots start.. of [cls, class, x_o[0], ..., x_o[n-1]]. Slot i + 1
-        predicts x_o[i], cls nothing. prefix (B, n) holds these tokens, in slot order. cache (see
-        empty_cache) keeps keys and values; if start > 0, it has those of the slots before."""
+        predicts x_o[i], cls nothing. prefix (B, n) holds these tokens, in slot order. What enters
+        the blocks for x_o[i]: its embedding + pos_embed[2 + o[i]] + target_aware[2 + o[i + 1]].
+        cache (see empty_cache) keeps keys and values; if start > 0, it has those before start."""
         B, stop = len(prefix), prefix.shape[1] + 2
         class_id = self.config.codebook_size + 1 + labels                      # (B,)
         held = self.embeddings(torch.cat([class_id[:, None], prefix], dim=1))  # (B, stop - 1, D)
