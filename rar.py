@@ -483,14 +483,14 @@ def train_step(network, optimizer, config, batch, step, autocast):
     tokens, labels, orders, seeds, r = batch
     device, means = next(network.parameters()).device, 0
     processes = config.batch // len(tokens)
-    parts = torch.arange(len(tokens)).split(config.micro_batch)
-    for part in parts:
-        torch.manual_seed(int(seeds[part[0]]))  # of the dropout masks
-        inputs = (x[part].to(device) for x in (tokens, labels, orders))
-        fraction = len(part) / config.batch
+    for first in range(0, len(tokens), config.micro_batch):
+        last = first + config.micro_batch
+        torch.manual_seed(int(seeds[first]))  # of the dropout masks
+        inputs = [tok.send(x[first:last], device) for x in (tokens, labels, orders)]
+        fraction = len(inputs[0]) / config.batch
         # Processes exchange gradients once an update, with the last micro-batch. DDP takes their
         # average: times `processes` it is the sum, which the shares of the batch make a mean.
-        more_to_come = processes > 1 and part is not parts[-1]
+        more_to_come = processes > 1 and last < len(tokens)
         with network.no_sync() if more_to_come else contextlib.nullcontext():
             with autocast:
                 loss, accuracy = training_loss(network, *inputs)

@@ -274,12 +274,17 @@ def test_fast_paths_give_the_same_tokens(scale, power, target_aware):
     assert (fast == slow).all(dim=1).float().mean() >= 0.99
     assert all((tokens == known)[known >= 0].all() for tokens in (slow, cached, fast))
 
-@pytest.mark.parametrize("predict", [rar.newest_slot, rar.tabled_slots])
-def test_nothing_is_read_back_from_the_device_while_tokens_are_drawn(predict, monkeypatch):
-    """A CUDA graph can't hold it. Fake tensors have no values: whoever asks for one fails."""
+@pytest.fixture
+def without_values(monkeypatch):
+    """A mode in which tensors have no values: whoever reads one back from its device fails."""
     for name in ("trunc_normal_", "kaiming_uniform_", "uniform_", "normal_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    return FakeTensorMode()
+
+@pytest.mark.parametrize("predict", [rar.newest_slot, rar.tabled_slots])
+def test_nothing_is_read_back_while_tokens_are_drawn(predict, without_values):
+    """A CUDA graph can't hold it."""
+    with without_values, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model = RAR(TINY).eval()
         cells, row = torch.zeros(4, 16, dtype=torch.long), torch.zeros(8, dtype=torch.long)
         drawn = rar.draw_slots(model, ((1.5,) * 16, 1.0, predict), torch.arange(5), row, cells,
@@ -287,6 +292,18 @@ def test_nothing_is_read_back_from_the_device_while_tokens_are_drawn(predict, mo
         assert drawn.shape == (4, 16)
         with pytest.raises(RuntimeError):  # this one does look
             generate(model, row, 0, 0, 1.0)
+
+def test_nothing_is_read_back_in_an_update(without_values):
+    """A GPU would be idle meanwhile."""
+    config = dataclasses.replace(TINY, batch=6, micro_batch=4, dropout=0.1)
+    batch = [without_values.from_tensor(x) if torch.is_tensor(x) else x
+             for x in rar.draw_batch(np.zeros((100, 17), np.uint16), config, 0)]
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with without_values:
+        model = RAR(config)
+        line = rar.train_step(model, rar.make_optimizer(model, config), config, batch, 0, autocast)
+        with pytest.raises(RuntimeError):
+            float(line["loss"])
 
 def test_generated_tokens_follow_the_model(model):
     """Teacher-forced on its own sample, the model must cumulate to the uniforms that were used."""

@@ -181,6 +181,12 @@ def choose_precision(device, precision):
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
 
+def send(tensor, device):
+    """The tensor on the device. From pinned memory the copy keeps nobody waiting."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
 # ---- Processes: torchrun starts them and says in the environment who is who ----------------------
 
 RANK, LOCAL_RANK, WORLD_SIZE = (
