@@ -4,30 +4,38 @@ A picture is a grid of tokens (tokenizer.py). Train an ordinary causal transform
 trick: with probability r a sample's tokens are put in a random order. r starts at 1 and is annealed
 to 0, so the model ends as a raster-order generator that has learned context from all sides.
 
-    r = 1 ----------------.                 python rar.py train                  built-in shapes
-                            ' .             python rar.py train --data imagenet  photographs
-        0                       '--------   python rar.py sample                 the newest run's
-          0 %            50 %  75 %  100 %  python rar.py eval                   held-out bits
+    r = 1 ----------------.
+                            ' .
+        0                       '---------
+          0 %            50 %  75 %   100 % of training
 
-A slot is a place in the sequence, a cell one in the picture. After the same tokens any remaining
-cell may be next, so each slot is told which: a second position embedding, the target-aware one. The
-sequence of a picture of 2x2 cells [[0, 1], [2, 3]] in the order o = [2, 0, 3, 1]:
+    python rar.py train                  on built-in shapes, in minutes, without a GPU
+    python rar.py train --data imagenet  on photographs: a folder with a folder for each class
+    python rar.py sample                 pictures of the newest run
+    python rar.py eval                   its bits per token on held-out pictures
+
+A slot is a place in the sequence, a cell one in the picture. In a random order the tokens so far do
+not tell which cell is next, so each slot is told where the token is that it has to predict: by a
+second position embedding, the target-aware one. For a picture of 2x2 cells [[0, 1], [2, 3]] in the
+order o = [2, 0, 3, 1], where x_c is the token of cell c:
 
     slot                          0        1        2        3        4
-    holds                        cls     class     x_2      x_0      x_3     (cls is learned)
+    holds                        cls     class     x_2      x_0      x_3     (x_1 is never read)
     row of pos_embed              0        1       2 + 2    2 + 0    2 + 3   (2 + its cell)
     row of target_aware_...       -       2 + 2    2 + 0    2 + 3    2 + 1   (2 + the next cell)
     row of timesteps_...          0        1        2        3        4      (the slot)
-    predicts                      -       x_2      x_0      x_3      x_1     (never read: the last)
+    predicts                      -       x_2      x_0      x_3      x_1
 
-The class enters twice: in slot 1, and in every slot's adaLN (adaptive LayerNorm), which shifts,
-scales and gates each layer by the class and the slot. Contents:
+The class enters twice: in slot 1, and in every slot by adaLN (adaptive LayerNorm): a linear layer
+of each block makes of class + slot embedding a shift and a scale of what attention and MLP read,
+and a gate, the factor on what they add. Shapes: B samples, T cells, S slots in one call (T + 1 in
+training), V different tokens, D channels, H heads. Contents:
 
     Configuration    Config, whose fields are the flags, and PRESETS
     The idea         randomness (r), sample_orders, scan_order
     The model        RAR.run_slots makes the sequence above; Block and Attention; training_loss
     Sampling         guidance_weight, draw, draw_slots (the loop over tokens), generate
-    Training         learning_rate, draw_batch (all randomness), train_step, train
+    Training         learning_rate, draw_batch (an update's randomness), train_step, train
     Command line     train, sample, eval, bench
     The fast path    tabled_slots, recorded_on_cuda: remove it, and all still works
 """
@@ -49,7 +57,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import tokenizer as tok  # and all that is about files, flags and pictures
+import tokenizer as tok  # pictures <-> tokens, and all about files, flags and processes
 from tokenizer import UserError, knob
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -77,15 +85,13 @@ class Config:
     # The method
     # r falls from 1 to 0 between these fractions: 0 0 is never random, 1 1 always
     anneal: tuple = knob((0.5, 0.75), "fractions of training where r leaves 1, arrives at 0", 0, 1)
-    order: str = knob("raster", "final scan order (Table 3), a wrong name lists the six; in "
-                      "sampling also: random")
+    order: str = knob("raster", "final scan (Table 3), a wrong name lists them; sample: or random")
     target_aware: bool = knob(True, "tell each token which cell is next; for the ablation")
-    label_dropout: float = knob(0.1, "share trained without class, which guidance needs", 0, 1)
+    label_dropout: float = knob(0.1, "share trained without class: guidance asks for both", 0, 1)
     # The optimisation
     steps: int = knob(250_000, "updates; 250,000 of batch 2048 are the paper's 400 epochs", 1)
     batch: int = knob(2048, "samples of an update, over all processes", 1, 1e6)
-    micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1,
-                            1e6)
+    micro_batch: int = knob(64, "samples in memory at once; an update adds up their gradients", 1)
     recompute: bool = knob(False, "compute activations twice instead of keeping them in memory")
     compile: bool = knob(False, "fuse element-wise work by torch.compile, for GPUs")
     lr: float = knob(4e-4, "AdamW's learning rate after the warm-up", 0, 1)
@@ -99,7 +105,7 @@ class Config:
     save_every: int = knob(5000, "updates between checkpoints; held-out loss, preview too", 1)
     keep_every: int = knob(0, "keep each checkpoint of so many updates, beside the last two")
     # Sampling
-    scale: float = knob(16.0, "guidance at the end of a picture; 0 is none, as is 1", 0, 1e6)
+    scale: float = knob(16.0, "guidance at the end of a picture; 0 or 1 is none", 0, 1e6)
     power: float = knob(2.75, "how late guidance sets in; 0 is the same guidance throughout")
     temperature: float = knob(1.0, "of the softmax; 0 takes the likeliest token")
 
@@ -133,9 +139,9 @@ PRESETS = {
 # ---- The idea: orders, and how often they are random ---------------------------------------------
 
 def randomness(step, start, end):
-    """r, the probability that a sample is put in a random order (Section 3.2).
+    """r, with which probability each sample of an update is put in a random order (Section 3.2).
     r = 1 before start, then (end - step) / (end - start) until end, then 0. In the paper's steps:
-    start 125,000 and end 187,500 of 250,000."""
+    start 125,000 and end 187,500 of 250,000. (load_model asks whether r is exactly 1.)"""
     if step < start:
         return 1.0
     return (end - step) / (end - start) if step < end else 0.0
@@ -153,12 +159,12 @@ def scan_order(name, grid_size):
     """The cells (T,) as one of the scans of Fig. 6 visits them; cell = row * grid_size + column."""
     cell, half = np.arange(grid_size**2), (grid_size + 1) // 2
     row, column = np.divmod(cell, grid_size)
-    spiral, grid = [], cell.reshape(grid_size, grid_size).T
-    while grid.size:  # go down the left side, take it away, turn the rest
-        spiral, grid = [*spiral, *grid[0]], np.rot90(grid[1:])
+    spiral, rest = [], cell.reshape(grid_size, grid_size).T
+    while rest.size:  # go down the left side, take it away, turn the rest
+        spiral, rest = [*spiral, *rest[0]], np.rot90(rest[1:])
     z_rank = sum((column >> b & 1) << 2 * b | (row >> b & 1) << 2 * b + 1 for b in range(8))
     quarter, within = 2 * (row // half) + column // half, half * (row % half) + column % half
-    orders = {
+    orders = {  # argsort makes them of ranks: the rank of a cell is when it comes
         "raster": cell,
         "spiral_in": np.array(spiral),
         "spiral_out": np.array(spiral[::-1]),
@@ -170,7 +176,7 @@ def scan_order(name, grid_size):
         raise UserError(f"--order {name}: choose from {', '.join(orders)}")
     return torch.from_numpy(orders[name])
 
-# ---- The model: a causal transformer with adaLN; its parameters are named as released ------------
+# ---- The model: a causal transformer with adaLN; parameters are named as the authors' ------------
 
 def modulate(x, shift, scale):  # all (B, S, D)
     return x * (1 + scale) + shift
@@ -185,7 +191,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, start, cache):
+    def forward(self, x, start, cache):  # (B, S, D), slot of x[:, 0], (2, B, H, T + 1, D/H) or None
         B, S, D = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.heads, D // self.heads)  # (B, S, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # 3 x (B, H, S, D/H)
@@ -229,7 +235,7 @@ class RAR(nn.Module):
         D, T, self.config = config.width, config.grid_size**2, config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
-        # the released tables are longer than any slot or cell asks for
+        # as long as the authors' tables; only the first T + 2 rows are used
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))
@@ -245,7 +251,7 @@ class RAR(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for module in [*self.blocks, self.adaln_before_head]:  # gates of 0: blocks add nothing yet
+        for module in [*self.blocks, self.adaln_before_head]:  # with gates of 0 blocks add nothing
             nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     def forward(self, tokens, labels, orders):
@@ -258,13 +264,14 @@ class RAR(nn.Module):
     def run_slots(self, prefix, labels, orders, start=0, cache=None):
         """Logits (B, S, V) of slots start.. of [cls, class, x_o[0], ..., x_o[n-1]]. Slot i + 1
         predicts x_o[i], cls nothing. prefix (B, n) holds these tokens, in slot order. What enters
-        the blocks for x_o[i]: its embedding + pos_embed[2 + o[i]] + target_aware[2 + o[i + 1]].
-        cache (see empty_cache) keeps keys and values; if start > 0, it has those before start."""
+        the blocks for x_o[i]: embedding + pos_embed[2 + o[i]] + target_aware_...[2 + o[i + 1]].
+        cache (see empty_cache) keeps keys and values. If start > 0, it has those before start, and
+        only the slots from start on pass through the blocks, of a prefix that is here in full."""
         B, stop = len(prefix), prefix.shape[1] + 2
         class_id = self.config.codebook_size + 1 + labels                      # (B,)
         held = self.embeddings(torch.cat([class_id[:, None], prefix], dim=1))  # (B, stop - 1, D)
         x = torch.cat([self.cls_token.expand(B, 1, -1), held], dim=1)          # (B, stop, D)
-        # The row of slot s in the position tables: 0 cls, 1 class, 2 + p the token of cell p. What
+        # The row of slot s in the position tables: 0 cls, 1 class, 2 + c the token of cell c. What
         # a slot has to predict is what the next one holds, so its target is position[:, s + 1].
         position = torch.arange(2, device=orders.device).expand(B, 2)
         position = torch.cat([position, 2 + orders], dim=1)                    # (B, T + 2)
@@ -308,19 +315,21 @@ def training_loss(model, tokens, labels, orders):
 
 # ---- Sampling ------------------------------------------------------------------------------------
 
-SAMPLING = ("order", "scale", "power", "temperature", "seed")  # the knobs that decide a picture
+SAMPLING = ("order", "scale", "power", "temperature", "seed")  # knobs that decide a picture
 
 def guidance_weight(step, steps, scale, power):
-    """g(t) = 1 + (scale - 1) (1 - cos(pi (t / T)^power)) / 2 at token t = step of T = steps.
-    From 1, which is none, at the first token to nearly scale at the last; power 0: always scale."""
+    """Classifier-free guidance: with logits c, given the class, and u, without it, a token is drawn
+    from u + g (c - u). g > 1 exaggerates what the class changes: pictures are more typical of it
+    and vary less. At token t = step of T = steps g = 1 + (scale - 1) (1 - cos(pi (t/T)^power)) / 2,
+    from 1, which is c alone, at the first to nearly scale at the last. Power 0: always scale."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
     """Draw from softmaxes by inverting their cumulative sums: logits (B, V), uniforms (B,) in
     [0, 1) -> (B,), the first token whose cumulative probability exceeds the uniform. Not
-    torch.multinomial: the uniform belongs to its image, so no batch can change a picture. It is
-    scaled by the total, 1 but for rounding, so that there always is such a token, of probability
-    above 0."""
+    torch.multinomial: the uniform belongs to its image, so no batch can change a picture. The
+    uniform is scaled by the last sum, 1 but for rounding, so that there always is such a token, of
+    probability above 0. Logits are guided already; one that is set to -inf is never drawn."""
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
@@ -328,28 +337,28 @@ def draw(logits, temperature, uniforms):
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
 def all_slots(model, classes, class_of, orders):
-    """A function from the tokens drawn so far (B, t), in slot order, to the logits (B, V) of the
-    next: all slots again for every token. Slow, obvious, and the test of the other two. Sequence b
-    is of class classes[class_of[b]], its order is orders[b]."""
+    """A predictor: a function from the tokens drawn so far (B, t), in slot order, to the logits
+    (B, V) of the next. This one runs all t + 2 slots again for each token: slow, obvious, and the
+    test of the others. Sequence b is of class classes[class_of[b]] (each is in classes (C,) but
+    once, for tabled_slots), its order is orders[b]."""
     return lambda drawn: model.run_slots(drawn, classes[class_of], orders)[:, -1]
 
 def newest_slot(model, classes, class_of, orders):
     """The same with a cache: slot t + 1, which holds the newest token and predicts the next, is the
     only one that runs. At first these are slots 0 and 1."""
-    labels, memory = classes[class_of], model.empty_cache(len(class_of))
+    labels, cache = classes[class_of], model.empty_cache(len(class_of))
 
     def next_logits(drawn):
         t = drawn.shape[1]
-        return model.run_slots(drawn, labels, orders, t + 1 if t else 0, memory)[:, -1]
+        return model.run_slots(drawn, labels, orders, t + 1 if t else 0, cache)[:, -1]
     return next_logits
 
 def draw_slots(model, settings, classes, class_of, orders, uniforms, given):
-    """The tokens (B, T) of B images, in slot order, drawn one after the other. For every token nB
-    sequences pass through the network: with guidance n = 2, each image with its class and without.
-    Sequence b is of class classes[class_of[b]]: classes (C,), class_of (nB,). settings: the weights
-    of guidance, one for each token, () for none; the temperature; a predictor, such as newest_slot.
-    given (B, T): tokens that stay, or -1. Nothing is read back from the device in here,
-    and nothing is random."""
+    """The tokens (B, T) of B images, in slot order, drawn one after the other. nB sequences pass
+    through the network: with guidance n = 2, all images with class, then all without; else n = 1.
+    classes (C,), class_of (nB,): as above. given (B, T), in slot order: tokens that stay, or -1.
+    settings: T weights of guidance, or () for none; the temperature; a predictor. They are a key of
+    recorded_on_cuda, for which nothing in here is random or read back from the device."""
     weights, temperature, predict = settings
     (B, T), n = orders.shape, len(class_of) // len(orders)
     next_logits = predict(model, classes, class_of, orders.repeat(n, 1))
@@ -358,18 +367,18 @@ def draw_slots(model, settings, classes, class_of, orders, uniforms, given):
         logits = next_logits(drawn.repeat(n, 1))                        # (nB, V)
         if weights:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + weights[t] * (conditional - unconditional)
+            logits = unconditional + weights[t] * (conditional - unconditional)  # (B, V)
         token = draw(logits, temperature, uniforms[:, t])
         token = torch.where(given[:, t] >= 0, given[:, t], token)
         drawn = torch.cat([drawn, token[:, None]], dim=1)
     return drawn
 
-predictor, recorded = newest_slot, lambda loop: loop  # the end of this file has faster ones
+predictor, recorded = newest_slot, lambda loop: loop  # replaced by the last lines of this file
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None,
              predict=None, loop=draw_slots):
-    """Tokens (B, T), in cell order, of pictures of classes labels (B,). scale 0 turns guidance off.
+    """Tokens (B, T), in cell order, of pictures of classes labels (B,). scale 0 or 1: no guidance.
     uniforms (B, T) decide the draws slot by slot; by default they are random. orders (B, T) or
     (T,): the cell that comes i-th; by default raster. known (B, T), in cell order, holds given
     tokens or -1; given cells stand first in their order. predict is all_slots, newest_slot or
@@ -383,7 +392,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         if ((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any():
             raise ValueError("the cells that `known` gives must stand first in `orders`")
     weights = ()
-    if scale:  # every image is there twice, the second time without its class
+    if scale not in (0, 1):  # every image is there twice, the second time without its class
         weights = tuple(guidance_weight(t, T, scale, power) for t in range(T))
         labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
     classes, class_of = labels.unique(return_inverse=True)                   # (C,), (nB,)
@@ -419,11 +428,11 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
         for part in numbers.split(config.micro_batch) if len(numbers) else ():
             orders = image_orders(config, part.tolist(), known)             # (B, T)
             uniforms = image_uniforms(config.seed, part.tolist(), orders.shape[1])
-            given = None if known is None else known.expand_as(orders).to(device)
+            kept = None if known is None else known.expand_as(orders).to(device)
             with autocast:
                 tokens = generate(
                     model, labels[part].to(device), config.scale, config.power, config.temperature,
-                    uniforms=uniforms.to(device), orders=orders.to(device), known=given,
+                    uniforms=uniforms.to(device), orders=orders.to(device), known=kept,
                     loop=loop)
             yield part, tokens
             bar.update(len(part))
@@ -440,10 +449,9 @@ def learning_rate(step, steps, warmup, peak, floor):
 def make_optimizer(model, config):
     """AdamW that decays what the authors' does. Trap: the rule is case-sensitive, so it exempts
     adaln_before_head ("ln"), and decays blocks.*.adaLN_modulation, and cls_token too."""
-    exempt = ("ln", "bias", "embedding", "norm", "embed")
     decayed, others = [], []
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or any(word in name for word in exempt)
+        plain = parameter.ndim < 2 or "ln" in name or "embed" in name
         (others if plain else decayed).append(parameter)
     return torch.optim.AdamW([{"params": decayed, "weight_decay": config.weight_decay},
                               {"params": others, "weight_decay": 0.0}],
@@ -454,8 +462,8 @@ def shuffled(count, seed, epoch):
     return np.random.default_rng((seed, epoch, 1)).permutation(count)  # 1: not the key of a step
 
 def draw_batch(rows, config, step, rank=0, processes=1):
-    """What process `rank` sees of update `step`, of rows (N, 1 + T): tokens (b, T), labels (b,),
-    orders (b, T) and seeds of dropout (b,) of its share b = B / processes of the batch, and r.
+    """What process `rank` sees of update `step`, of rows (N, 1 + T), class first: tokens (b, T),
+    labels (b,), orders (b, T) and dropout's seeds (b,) of its share b = B / processes; and r.
 
     The one rule of randomness: everything random about an update is a function of (seed, step, row
     of the global batch); dropout masks, of the micro-batch's first row. No generator's state
@@ -546,7 +554,7 @@ def train(config, run, device, autocast):
             return ahead.submit(draw_batch, data.train, config, step, tok.RANK, tok.WORLD_SIZE)
 
         upcoming = load(first)
-        images = len(data.train) / tok.CROPS[config.crops]  # ten rows, or two, are of one
+        images = len(data.train) / tok.CROPS[config.crops]  # which make 10, 2 or 1 row
         for step in run.updates(first, images):  # ends early on Ctrl-C
             batch, upcoming = run.wait_for(upcoming), load(step + 1)
             line = train_step(network.train(), optimizer, config, batch, step, autocast)
@@ -624,16 +632,14 @@ def sample_command(args, knobs, device, autocast):
 def check_order(config, trained, known):
     """Weights that ended in the order `trained` know others less well, as config.anneal tells. Say
     so, or refuse to complete a picture whose known tokens (T,) don't come first in that order."""
-    if config.anneal[0] == 1:
+    order = image_orders(config, [0], known)[0]  # (T,)
+    if config.anneal[0] == 1 or order.equal(scan_order(trained, config.grid_size)):
         return
     advice = (f"these weights ended in {trained} order; weights for any order are the checkpoint "
               "where annealing begins, and those of a run with --anneal 1 1")
     if known is not None:
-        given = known[image_orders(config, [0])[0]] >= 0  # (T,), in the order
-        if config.order != trained or (given[1:] & ~given[:-1]).any():
-            raise UserError(f"--keep: the cells that are kept don't come first: {advice}")
-    elif config.order != trained:
-        print(f"--order {config.order}: {advice}")
+        raise UserError(f"--keep: the cells that are kept don't come first: {advice}")
+    print(f"--order {config.order}: {advice}")
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(tok.chosen_weights(args), knobs, device)
@@ -656,9 +662,8 @@ def bench_command(args, knobs, device, autocast):
     B = args.batch
     c = dataclasses.replace(PRESETS[args.model], micro_batch=B, **knobs)
     model, T, D = on_device(RAR(c), device), c.grid_size**2, c.width
-    tokenizer = tok.MaskGITVQGAN() if c.image_size == 256 else tok.PatchTokenizer(
-        c.grid_size, c.image_size // c.grid_size, c.codebook_size)
-    tokenizer.to(device)
+    patches = tok.PatchTokenizer(c.grid_size, c.image_size // c.grid_size, c.codebook_size)
+    tokenizer = (tok.MaskGITVQGAN() if c.image_size == 256 else patches).to(device)
     labels, tokens = torch.arange(B) % c.num_classes, torch.randint(c.codebook_size, (B, T))
     rows = torch.cat([labels[:, None], tokens], 1).numpy().astype(np.uint16)
     labels, tokens, loop = labels.to(device), tokens.to(device), recorded(draw_slots)
@@ -725,8 +730,7 @@ def main(argv=None):
     bench = parser.command("bench", bench_command, "time sampling and training on this machine",
                            Config, ("compile",), precision="bfloat16")
     bench.add_argument("--model", choices=PRESETS, default="RAR-B", help="preset [RAR-B]")
-    bench.add_argument("--batch", type=tok.whole_number(1, 10**5), default=4,
-                       help="images at once [4]")
+    bench.add_argument("--batch", type=tok.whole_number(1, 10**5), default=4, help="images [4]")
     bench.add_argument("--json", help="file to write the figures to, too")
     for command in (sample, evaluation):
         command.add_argument("--weights", help="weights file or run folder [the newest run]")
@@ -737,33 +741,33 @@ def main(argv=None):
 
 # ---- The fast path: without this section everything works as well --------------------------------
 
-SLOTS = 32  # for which adaLN's outputs are held at a time
+AHEAD = 32  # slots whose adaLN outputs are computed at once
 
 def tabled_slots(model, classes, class_of, orders):
     """As newest_slot, but what does not depend on the tokens drawn is looked up. The two position
-    embeddings become one table. adaLN's outputs follow from (class, slot) alone; they are computed
-    for SLOTS slots at once and for each class once. Those layers are a third of the weights, which
+    embeddings become one table. adaLN's outputs follow from (class, slot) alone: they are computed
+    for AHEAD slots at once, and for each class once. Those layers are a third of the weights, which
     a step would otherwise read again for every token. Up to rounding the tokens are the same."""
     class_embedding = model.embeddings(model.config.codebook_size + 1 + classes)[:, None]
-    places = F.embedding(2 + orders[:, :-1], model.pos_embed[0])            # (B, T - 1, D)
+    positions = F.embedding(2 + orders[:, :-1], model.pos_embed[0])            # (B, T - 1, D)
     if model.config.target_aware:
-        places = places + F.embedding(2 + orders[:, 1:], model.target_aware_pos_embed[0])
-    memory, tables = model.empty_cache(len(class_of)), []
+        positions = positions + F.embedding(2 + orders[:, 1:], model.target_aware_pos_embed[0])
+    cache, tables = model.empty_cache(len(class_of)), []
 
     def next_logits(drawn):
         t = drawn.shape[1]
         if t == 0:
-            return model.run_slots(drawn, classes[class_of], orders, 0, memory)[:, -1]
-        k = (t - 1) % SLOTS
+            return model.run_slots(drawn, classes[class_of], orders, 0, cache)[:, -1]
+        k = (t - 1) % AHEAD
         if k == 0:
-            condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + SLOTS]
+            condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + AHEAD]
             tables.clear()  # not two sets of them at once
-            tables.extend(layer.adaLN_modulation(condition)                 # (C, SLOTS, 6D or 2D)
+            tables.extend(layer.adaLN_modulation(condition)                    # (C, AHEAD, 6D|2D)
                           for layer in (*model.blocks, model.adaln_before_head))
-        x = (model.embeddings(drawn[:, -1]) + places[:, t - 1])[:, None]    # (B, 1, D)
-        for block, table, cache in zip(model.blocks, tables, memory):
-            x = block(x, None, t + 1, cache, table[class_of, k, None])
-        return model.head(x, tables[-1][class_of, k, None])[:, 0]                # (B, V)
+        x = (model.embeddings(drawn[:, -1]) + positions[:, t - 1])[:, None]    # (B, 1, D)
+        for block, table, own in zip(model.blocks, tables, cache):
+            x = block(x, None, t + 1, own, table[class_of, k, None])           # its row: (B, 1, 6D)
+        return model.head(x, tables[-1][class_of, k, None])[:, 0]              # (B, V)
     return next_logits
 
 def recorded_on_cuda(loop):
@@ -775,17 +779,17 @@ def recorded_on_cuda(loop):
     called, graphs = set(), {}
 
     def run(model, settings, *inputs):
-        key = settings, *(x.shape for x in inputs)
+        key = model, settings, *(x.shape for x in inputs)
         if inputs[0].device.type != "cuda" or key not in called:
             called.add(key)
             return loop(model, settings, *inputs)
         if key not in graphs:
-            places, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            buffers, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads
-                graphs[key] = graph, places, loop(model, settings, *places)
-        graph, places, drawn = graphs[key]
-        for place, x in zip(places, inputs):
-            place.copy_(x)
+                graphs[key] = graph, buffers, loop(model, settings, *buffers)
+        graph, buffers, drawn = graphs[key]
+        for buffer, x in zip(buffers, inputs):
+            buffer.copy_(x)
         graph.replay()
         return drawn.clone()
     return run
