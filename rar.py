@@ -34,7 +34,7 @@ training), V different tokens, D channels, H heads. Contents:
     Configuration    Config, whose fields are the flags, and PRESETS
     The idea         randomness (r), sample_orders, scan_order
     The model        RAR.run_slots makes the sequence above; Block and Attention; training_loss
-    Sampling         guidance_weight, draw, draw_slots (the loop over tokens), generate
+    Sampling         all_slots, newest_slot (what runs for a token), draw_slots (the loop), generate
     Training         learning_rate, draw_batch (an update's randomness), train_step, train
     Command line     train, sample, eval, bench
     The fast path    tabled_slots, recorded_on_cuda: remove it, and all still works
