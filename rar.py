@@ -660,7 +660,7 @@ def timed(function, device):
 
 def bench_command(args, knobs, device, autocast):
     B = args.batch
-    c = dataclasses.replace(PRESETS[args.model], micro_batch=B, **knobs)
+    c = dataclasses.replace(PRESETS[args.model], batch=B, micro_batch=B, **knobs)
     model, T, D = on_device(RAR(c), device), c.grid_size**2, c.width
     patches = tok.PatchTokenizer(c.grid_size, c.image_size // c.grid_size, c.codebook_size)
     tokenizer = (tok.MaskGITVQGAN() if c.image_size == 256 else patches).to(device)

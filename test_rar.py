@@ -1179,8 +1179,15 @@ def test_draws_follow_the_softmax(model):
         counts = torch.bincount(drawn, minlength=32)
         assert expected.min() > 5 and scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
-def test_bench(workplace, capsys):
+def test_bench(workplace, capsys, monkeypatch):
     """Figures that hang together: nothing is faster than its bound by much, or takes no time."""
+    step_of = rar.train_step
+
+    def train_step(network, optimizer, config, batch, step, autocast):
+        assert len(batch[0]) == config.batch == config.micro_batch == 2
+        return step_of(network, optimizer, config, batch, step, autocast)
+
+    monkeypatch.setattr(rar, "train_step", train_step)
     assert rar.main(["bench", "--model", "tiny", "--batch", "2", "--json", "b.json"]) == 0
     result = json.loads(Path("b.json").read_text())
     assert "training_utilisation" in capsys.readouterr().out
