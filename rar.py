@@ -173,7 +173,7 @@ def scan_order(name, grid_size):
         "alternate": np.where(row % 2, cell - column + grid_size - 1 - column, cell),
     }
     if name not in orders:
-        raise UserError(f"--order {name}: choose from {', '.join(orders)}")
+        raise UserError(f"--order {name}: choose from {', '.join(orders)}; in sampling also random")
     return torch.from_numpy(orders[name])
 
 # ---- The model: a causal transformer with adaLN; parameters are named as the authors' ------------
@@ -576,8 +576,8 @@ def train_command(args, knobs, device, autocast):
     model = args.model or model
     config = dataclasses.replace(
         PRESETS[model], num_classes=len(names), class_names=names, **(recipe | knobs))
-    print(f"{config.data}: {why}: {model}, {config.image_size} pixels, tokenizer "
-          f"{config.tokenizer}, crops {config.crops}")
+    print(f"{config.data} ({why}): --model {model}, {config.image_size} pixels, --tokenizer "
+          f"{config.tokenizer}, --crops {config.crops}")
     scan_order(config.order, config.grid_size)  # refuses a wrong name before anything is written
     folder = args.out or f"runs/{tok.title(config.data)}-{model}"
     train(config, tok.Run(folder, config), device, autocast)
@@ -616,7 +616,7 @@ def sample_command(args, knobs, device, autocast):
         "classes": classes, "precision": args.precision,
         "weights": tok.digest_of(model), "tokenizer": tok.digest_of(tokenizer)}
     known = before = None
-    if args.complete:
+    if args.complete or args.keep:
         known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
         settings["known"] = known.tolist()
     check_order(config, tok.read_config(folder, config).order, known)

@@ -579,6 +579,19 @@ def test_resume_after_a_kill(workplace, monkeypatch):
     assert rar.main([*TRAIN, "--out", "parts"]) == 0
     assert log_of(Path("whole")) == log_of(Path("parts"))
 
+def test_who_comes_second_starts_again(workplace, monkeypatch, capsys):
+    """Between looking for checkpoints and holding the folder another process may train here."""
+    open_data = tok.open_data
+
+    def while_another_trains(*arguments, **options):
+        monkeypatch.setattr(tok, "open_data", open_data)
+        assert rar.main(TRAIN) == 0
+        return open_data(*arguments, **options)
+
+    monkeypatch.setattr(tok, "open_data", while_another_trains)
+    assert "start again" in refused(TRAIN, capsys, last_line=True)
+    assert len(log_of(Path("runs/shapes-tiny"))) == 6
+
 def refused(arguments, capsys, last_line=False, main=rar.main):
     """Run a command that must fail: exit code 2, one line on stderr (or as its end). Returns it."""
     capsys.readouterr()
@@ -608,7 +621,8 @@ def refused(arguments, capsys, last_line=False, main=rar.main):
     (["train", "--dropout", "1.0"], "--dropout"),
     (["train", "--anneal", "0.0", "1.5"], "--anneal"),
     (["train", "--anneal", "0.9", "0.1"], "--anneal"),
-    (["train", "--widht", "64"], "--widht"),
+    (["train", "--widht", "64"], "there is no --widht; see python rar.py train --help"),
+    (["train", "--data", "file"], "--data file: is not a folder"),
     (["train", "--out", "file/run"], "file/run"),
     (["train", "--grid-size", "5"], "--grid-size 5"),
     (["train", "--codebook-size", "60000"], "--codebook-size 60000"),
@@ -636,7 +650,8 @@ def test_mistakes_with_a_run(workplace, capsys):
             (["sample", "--scale", "inf"], "--scale"),
             (["sample", "--classes", "10"], "--classes 10"),
             (["sample", "--classes", "unicorn"], "unicorn"),
-            (["sample", "--order", "zigzag"], "--order zigzag"),
+            (["sample", "--order", "zigzag"], "error: --order zigzag"),  # and nothing before it
+            (["sample", "--keep", "0,0,16,32"], "--keep the picture"),
             (["sample", "--seed", "-1"], "--seed"),
             (["sample", "--out", "runs/a/weights.pt/x.png"], "--out"),
             (["sample", "--out", "nowhere/samples"], "with a / at its end"),
@@ -796,8 +811,8 @@ def test_pictures_in_the_wild(tmp_path, monkeypatch):
 def test_train_on_photographs(photographs, capsys):
     assert rar.main(SMALL) == 0
     first, *_ = capsys.readouterr().out.splitlines()
-    assert first == ("photos: 2 classes, not ImageNet's 1000, hence small: small, 64 pixels, "
-                     "tokenizer patch, crops flip")
+    assert first == ("photos (2 classes, not ImageNet's 1000): --model small, 64 pixels, "
+                     "--tokenizer patch, --crops flip")
     run = Path("runs/photos-small")
     with Image.open(run / "step-000004.png") as picture:
         assert picture.size[1] == 22 + 4 + 7 * 68  # originals, reconstructions, five samples
@@ -840,7 +855,7 @@ def test_fine_tuning(photographs, capsys):
     assert rar.main([*SMALL, "--out", "second", "--init", "first"]) == 0
     assert "knows 2 classes, not 3" in capsys.readouterr().out
     assert "nowhere" in refused([*SMALL, "--out", "third", "--init", "nowhere"], capsys)
-    assert "does not fit" in refused(
+    assert "--init first: its width is 32" in refused(
         [*SMALL, "--out", "third", "--init", "first", "--width", "64"], capsys)
     assert not Path("third").exists()
 

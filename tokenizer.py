@@ -46,7 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
@@ -105,13 +105,15 @@ class Parser(argparse.ArgumentParser):
         command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
                              help=f"of matrix products [{precision} on cuda, else float32]")
         command.set_defaults(function=function, knobs=[field.name for field in fields],
-                             cuda_precision=precision)
+                             cuda_precision=precision, prog=command.prog)
         return command
 
     def run(self, argv):
         """Call the command that argv names. Returns the exit code."""
         try:
-            args = self.parse_args(argv)
+            args, unknown = self.parse_known_args(argv)
+            if unknown:
+                raise UserError(f"there is no {unknown[0]}; see python {args.prog} --help")
             knobs = {name: tuple(value) if isinstance(value, list) else value
                      for name in args.knobs if (value := getattr(args, name)) is not None}
             device = choose_device(args.device)
@@ -155,8 +157,10 @@ def whole_number(low, high):
 
 def rectangle(text):
     """A type for argparse: x0,y0,x1,y1."""
-    x0, y0, x1, y1 = (whole_number(0, 2**16)(number) for number in text.split(","))
-    return x0, y0, x1, y1
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be four numbers, such as 0,0,16,32, not {text}")
+    return [int(number) for number in numbers]
 
 def choose_device(name):
     """The torch.device of this name, or the best that there is."""
@@ -376,9 +380,10 @@ def fetch_released(repository, file, sha256=None):
 
 def chosen_weights(args):
     """The path that --weights names, or that of the released --model, which is fetched."""
-    if args.pretrained != bool(args.model) or args.model and args.weights:
-        raise UserError(f"--pretrained goes with --model {' | '.join(RELEASED_MODELS)}, and both "
-                        "without --weights, whose size is read off the file")
+    if args.pretrained and not args.model:
+        raise UserError(f"--pretrained needs --model {' | '.join(RELEASED_MODELS)}")
+    if args.model and (args.weights or not args.pretrained):
+        raise UserError("--model goes with --pretrained; of --weights the size is read off")
     if not args.model:
         return args.weights
     fetch_released("fun-research/TiTok", RELEASED)  # and it lies beside the weights
@@ -399,13 +404,16 @@ def newest_weights():
     files = Path("runs").glob("*/weights.pt")
     return max(files, key=lambda file: file.stat().st_mtime, default=None)
 
-def find_weights(path):
+def find_weights(path, flag="--weights"):
     """The weights file that is meant by a file, by a run folder, or by None: the newest run's."""
     path = newest_weights() if path is None else Path(path)
     if path is None:
         raise UserError(f"there is no run in {Path('runs').absolute()}: make one with "
                         "python rar.py train, or name one with --weights")
-    return path / "weights.pt" if path.is_dir() else path
+    path = path / "weights.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{flag}: there is no file {path}")
+    return path
 
 def read_weights(path):
     """The state dict of a RAR; the sizes in its Config, as they follow from the shapes; and how
@@ -425,11 +433,15 @@ def read_weights(path):
     return state, sizes, updates
 
 def init_weights(model, path):
-    """Copy weights of the same shapes into the model. Where the classes are others, their rows of
+    """Copy weights of the same sizes into the model. Where the classes are others, their rows of
     the embedding table stay as they are."""
-    state, sizes, _ = read_weights(find_weights(path))
-    table, config, given = "embeddings.weight", model.config, sizes["num_classes"]
-    if given != config.num_classes and sizes["width"] == config.width:
+    state, sizes, _ = read_weights(find_weights(path, "--init"))
+    table, config, given = "embeddings.weight", model.config, sizes.pop("num_classes")
+    for name, size in sizes.items():
+        if size != getattr(config, name):
+            raise UserError(f"--init {path}: its {name} is {size}, but that of this model is "
+                            f"{getattr(config, name)}: take the --model that it was trained with")
+    if given != config.num_classes:
         print(f"{path} knows {given} classes, not {config.num_classes}: the embeddings of the "
               "classes start anew")
         first = config.codebook_size + 1
@@ -482,7 +494,8 @@ class Run:
         """Copy the newest checkpoint that can be read, if there is one, into both. Returns the
         updates that were made. Raises UserError if it is that of another config."""
         elsewhere = "name another folder with --out"
-        weights, paths = self.folder / "weights.pt", list(self.checkpoints().values())
+        self.found = self.checkpoints()
+        weights, paths = self.folder / "weights.pt", list(self.found.values())
         if not paths:
             if weights.exists():
                 raise UserError(f"{weights} has no checkpoint beside it to go on from: {elsewhere}")
@@ -537,6 +550,8 @@ class Run:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{self.folder} is in use by another process: wait for it") from error
+        if self.checkpoints() != self.found:  # since load
+            raise UserError(f"{self.folder}: another process has trained here: start again")
         write_json(self.folder / "config.json", dataclasses.asdict(self.config))
         if self.log_path.exists():
             lines = self.log_path.read_text(errors="replace").splitlines()
@@ -709,17 +724,16 @@ def crop(image, size, kind):
 
 LAYOUT = "expected DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/val/CLASS/PICTURE"
 
-def class_folders(folder):
+def class_folders(folder, flag=""):
     """The folders of the classes in a data folder, sorted: those of its train/, if it has one."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: there is no such folder or file; {LAYOUT}; 'shapes' is "
-                        "built in; the authors' maskgitvq.jsonl is at yucornetto/RAR on Hugging "
-                        "Face")
     root = folder / "train" if (folder / "train").is_dir() else folder
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "there is no such folder"
+        raise UserError(f"{flag}{folder}: {what}; {LAYOUT}; or the authors' token file, a .jsonl")
     found = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     if not found:
-        raise UserError(f"--data {folder}: {root} has no class folders; {LAYOUT}")
+        raise UserError(f"{flag}{root} has no class folders; {LAYOUT}")
     return found
 
 def pictures_in(folder):
@@ -765,8 +779,10 @@ def read_picture(file, crops, size):
             if crops is None:
                 return np.array(image.convert("RGB"))[None]
             return crop(image, size, crops)
+    except UnidentifiedImageError:
+        return "not a picture that Pillow can read"
     except Exception as error:  # Pillow's decoders raise all kinds
-        return f"{type(error).__name__}: {error}".split("\n")[0]
+        return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".split("\n")[0]
 
 def read_pictures(files, crops, size):
     """Yield what read_picture makes of each file, in order. Threads suffice: Pillow decodes and
@@ -780,7 +796,8 @@ def read_pictures(files, crops, size):
 
 def crop_images(files, size):
     """The centre crops (N, 3, size, size) in [0, 1] of the files that can be read."""
-    crops = [x for x in read_pictures(files, "center", size) if not isinstance(x, str)]
+    items = tqdm(read_pictures(files, "center", size), "reading", len(files), leave=False)
+    crops = [item for item in items if not isinstance(item, str)]
     if not crops:
         raise UserError(f"{files[0]}: neither this picture nor any other can be read")
     return to_float(np.concatenate(crops))
@@ -885,8 +902,9 @@ class PatchTokenizer(nn.Module):
         if len(distinct) < codebook_size:
             raise UserError(f"--codebook-size {codebook_size} is more than the {len(distinct)} "
                             "different patches of these pictures")
-        start = distinct[random.permutation(len(distinct))[:codebook_size]]
-        codebook, _ = kmeans2(patches, start, iter=20, minit="matrix")
+        codebook = distinct[random.permutation(len(distinct))[:codebook_size]]
+        for _ in tqdm(range(20), "fitting the tokenizer", leave=False):
+            codebook, _ = kmeans2(patches, codebook, iter=1, minit="matrix")
         self.codebook.copy_(torch.from_numpy(codebook))
         self.decoder[:, :, 1, 1] = torch.eye(self.codebook.shape[1])  # the patch's own mean
         if self.patch_size > 16:
@@ -1176,7 +1194,7 @@ def class_names(data):
         return tuple(SHAPES)
     if Path(data).suffix == ".jsonl" and Path(data).is_file():
         return tuple(map(str, range(1000)))  # the authors' token file
-    return tuple(folder.name for folder in class_folders(data))
+    return tuple(folder.name for folder in class_folders(data, "--data "))
 
 def class_numbers(texts, config, source):
     """The numbers of the classes that are named or numbered by `texts`; of all if None."""
@@ -1200,12 +1218,12 @@ def recipe(data):
         knobs = {"image_size": SHAPES_SIZE, "crops": "center", "grid_size": 8, "codebook_size": 192}
         return names, "tiny", knobs, "built-in"
     if len(names) != 1000:
-        why = f"{len(names)} classes, not ImageNet's 1000, hence small"
+        why = f"{len(names)} classes, not ImageNet's 1000"
         return names, "small", {"image_size": 64, "crops": "flip"}, why
     released = released_tokenizer(data if Path(data).is_dir() else Path(data).parent)
-    why = "1000 classes, hence as in the paper"
+    why = "1000 classes, hence as in the paper, for GPUs; without one take --model small"
     if released is None:
-        why += f", but {RELEASED} is not at hand (--tokenizer released fetches it)"
+        why += f"; {RELEASED} is not at hand, --tokenizer released fetches it"
     return names, "RAR-B", {"tokenizer": str(released or "patch")}, why
 
 def open_data(config, folder, device, fit=False):
@@ -1305,13 +1323,16 @@ def save_gif(path, images, orders, names):
 def known_tokens(path, keep, tokenizer, device="cpu"):
     """The tokens (T,) of the cells of a picture that lie whole within the pixels `keep`, -1 for the
     others; and two images (2, 3, H, W): the picture, and what is seen of it."""
+    if path is None or keep is None:
+        raise UserError("--complete PICTURE needs --keep x0,y0,x1,y1, the pixels that stay, and "
+                        "--keep the picture")
     size, grid = tokenizer.image_size, tokenizer.grid_size
-    cell, (x0, y0, x1, y1) = size // grid, keep or (0, 0, 0, 0)
+    cell, (x0, y0, x1, y1) = size // grid, keep
     cells = torch.zeros(grid, grid, dtype=torch.bool)
     cells[-(-y0 // cell):y1 // cell, -(-x0 // cell):x1 // cell] = True
     if cells.all() or not cells.any():
-        raise UserError(f"--keep x0,y0,x1,y1 keeps {cells.sum()} of {grid**2} cells of {cell} "
-                        f"pixels: keep some and leave some, of {size} x {size} pixels")
+        raise UserError(f"--keep {x0},{y0},{x1},{y1} keeps {cells.sum()} of {grid**2} cells of "
+                        f"{cell} pixels: keep some and leave some, of {size} x {size} pixels")
     [pixels] = folder_batches([path], size, 1)
     image = to_float(pixels)                                            # (1, 3, H, W)
     # The rest is greyed before encoding: an encoder looks beyond a cell, and nothing of what is
@@ -1376,7 +1397,7 @@ class Samples:
                 with Image.open(file) as image:
                     same = image.info.get("settings") == self.settings
                     image.verify()
-        except Exception:  # half a picture is none; but what is no .npz of ours isn't ours to replace
+        except Exception:  # half a picture is none; an .npz is not ours to replace
             if file != self.path or not file.exists():
                 return False
             same = False

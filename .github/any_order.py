@@ -7,6 +7,7 @@ annealing begins, and by the final weights) and completions.png (held-out drawin
 them, and four completions each), and scores 400 completions with the classifier of shapes_score.py.
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -65,6 +66,8 @@ def complete(checkpoint, index, half, count):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and not os.path.exists(sys.argv[1]):
+        sys.exit(__doc__)
     torch.set_num_threads(1)  # so that the classifier is the same on every machine
     here = Path(__file__).parent
     run = Path(sys.argv[1] if len(sys.argv) > 1 else tok.find_weights(None).parent)

@@ -168,7 +168,9 @@ def main(source):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        score(*sys.argv[1:])
-    else:
-        main(*sys.argv[1:])
+    if len(sys.argv) not in (2, 3) or not os.path.isdir(sys.argv[1]):
+        sys.exit(__doc__)
+    try:
+        (score if len(sys.argv) == 3 else main)(*sys.argv[1:])
+    except tok.UserError as error:
+        sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ Trains a small CNN on drawn shapes, says how well it does on held-out drawings, 
 samples of the run (of the newest by default), 50 of each class, drawn with the run's own settings.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def sample(model, config, tokenizer, labels, known=None):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and not os.path.exists(sys.argv[1]):
+        sys.exit(__doc__)
     torch.set_num_threads(1)  # so that the classifier is the same on every machine
     run = load(sys.argv[1] if len(sys.argv) > 1 else None)
     classifier = train_classifier(*drawings(0, tok.SHAPES_TRAIN))
