@@ -382,7 +382,7 @@ def score_command(args, knobs, device, autocast):
 def main(argv=None):
     """Score samples. Returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="fid.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.memory_flag, parser.interrupted = "--batch", "interrupted"
+    parser.interrupted = "interrupted"
     parser.set_defaults(function=score_command, knobs=(), precision="float32")
     parser.add_argument("samples", type=Path, help="folder of pictures, .npz or .npy file")
     parser.add_argument("reference", type=Path, nargs="?", help="the same, or statistics")

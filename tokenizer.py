@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
     (args, the knobs that were given, device, autocast)."""
 
     commands = None
-    memory_flag, interrupted = "--micro-batch", "interrupted; the same command goes on"
+    interrupted = "interrupted; the same command goes on"
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
@@ -138,8 +138,8 @@ class Parser(argparse.ArgumentParser):
                 if WORLD_SIZE > 1:
                     time.sleep(5)  # if another process has gone, torchrun ends us meanwhile
                 raise
-            code, message = 2, (f"error: out of memory: lower {self.memory_flag}, or take a "
-                                "smaller model")
+            flag = "--micro-batch" if hasattr(args, "micro_batch") else "--batch"
+            code, message = 2, f"error: out of memory: lower {flag}, or take a smaller model"
         if RANK == 0:
             print(message, file=sys.stderr)
         elif code == 2:  # rank 0 says for all that they were interrupted
