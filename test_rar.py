@@ -1766,8 +1766,9 @@ def test_memory_and_cuda_errors(workplace, monkeypatch, capsys):
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         at_step(monkeypatch, 2, lambda: fail(error))
         assert "--micro-batch" in refused(TRAIN, capsys, last_line=True)
-    at_step(monkeypatch, 1, lambda: fail(MemoryError()))
-    assert "--batch" in refused(["bench", "--model", "tiny"], capsys, last_line=True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: fail(MemoryError()))
+        assert "lower --batch" in refused(["bench", "--model", "tiny"], capsys, last_line=True)
     at_step(monkeypatch, 2, lambda: fail(RuntimeError("CUDA error: an illegal access")))
     with pytest.raises(RuntimeError, match="CUDA error"):
         rar.main([*TRAIN, "--out", "a"])

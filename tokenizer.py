@@ -113,7 +113,8 @@ class Parser(argparse.ArgumentParser):
         try:
             args, unknown = self.parse_known_args(argv)
             if unknown:
-                raise UserError(f"there is no {unknown[0]}; see python {args.prog} --help")
+                prog = getattr(args, "prog", self.prog)
+                raise UserError(f"there is no {unknown[0]}; see python {prog} --help")
             knobs = {name: tuple(value) if isinstance(value, list) else value
                      for name in args.knobs if (value := getattr(args, name)) is not None}
             device = choose_device(args.device)
