@@ -64,8 +64,8 @@ from tokenizer import UserError, knob
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run depends on. A knob(default, reason, least=0, most=1e9) is a flag of its name.
-    The defaults of the network and its training are RAR-B's in the paper (Tables 1, 4 and 6)."""
+    """All that a run depends on. A knob(default, meaning, least=0, most=1e9) is a flag of its name.
+    Defaults are RAR-B's (Tables 1, 4, 6), but train begins with a preset: --model, or by --data."""
     # The data, from which num_classes and class_names follow
     data: str = knob("shapes", "shapes, drawn on the spot; a folder of class folders; or a .jsonl")
     num_classes: int = 1000
@@ -85,7 +85,7 @@ class Config:
     # The method
     # r falls from 1 to 0 between these fractions: 0 0 is never random, 1 1 always
     anneal: tuple = knob((0.5, 0.75), "fractions of training where r leaves 1, arrives at 0", 0, 1)
-    order: str = knob("raster", "final scan (Table 3), a wrong name lists them; sample: or random")
+    order: str = knob("raster", "scan once r is 0; a wrong name lists all; or, in sample, random")
     target_aware: bool = knob(True, "tell each token which cell is next; for the ablation")
     label_dropout: float = knob(0.1, "share trained without class: guidance asks for both", 0, 1)
     # The optimisation
@@ -140,8 +140,8 @@ PRESETS = {
 
 def randomness(step, start, end):
     """r, with which probability each sample of an update is put in a random order (Section 3.2).
-    r = 1 before start, then (end - step) / (end - start) until end, then 0. In the paper's steps:
-    start 125,000 and end 187,500 of 250,000. (load_model asks whether r is exactly 1.)"""
+    r = 1 before start, then (end - step) / (end - start) until end, then 0. In the paper start is
+    125,000, end 187,500. Another curve must be exactly 1 before start, and allow start == end."""
     if step < start:
         return 1.0
     return (end - step) / (end - start) if step < end else 0.0
@@ -164,7 +164,7 @@ def scan_order(name, grid_size):
         spiral, rest = [*spiral, *rest[0]], np.rot90(rest[1:])
     z_rank = sum((column >> b & 1) << 2 * b | (row >> b & 1) << 2 * b + 1 for b in range(8))
     quarter, within = 2 * (row // half) + column // half, half * (row % half) + column % half
-    orders = {  # argsort makes them of ranks: the rank of a cell is when it comes
+    orders = {  # a new entry is a new --order; argsort turns ranks (when a cell comes) into orders
         "raster": cell,
         "spiral_in": np.array(spiral),
         "spiral_out": np.array(spiral[::-1]),
@@ -262,11 +262,11 @@ class RAR(nn.Module):
         return self.run_slots(prefix, labels, orders)[:, 1:]
 
     def run_slots(self, prefix, labels, orders, start=0, cache=None):
-        """Logits (B, S, V) of slots start.. of [cls, class, x_o[0], ..., x_o[n-1]]. Slot i + 1
-        predicts x_o[i], cls nothing. prefix (B, n) holds these tokens, in slot order. What enters
-        the blocks for x_o[i]: embedding + pos_embed[2 + o[i]] + target_aware_...[2 + o[i + 1]].
-        cache (see empty_cache) keeps keys and values. If start > 0, it has those before start, and
-        only the slots from start on pass through the blocks, of a prefix that is here in full."""
+        """Logits (B, S, V) of slots start.. of [cls, class, x_o[0], ..., x_o[n-1]]. Slot i + 2
+        holds x_o[i], slot i + 1 predicts it. prefix (B, n): these x_o, in full whatever start is.
+        What enters the blocks: in slot i + 2 embedding + pos_embed[2 + o[i]] +
+        target_aware_...[2 + o[i + 1]]; in slot 1 the rows are 1 and 2 + o[0]. Only slots from
+        start on pass through: cache (see empty_cache) keeps keys and values of those before."""
         B, stop = len(prefix), prefix.shape[1] + 2
         class_id = self.config.codebook_size + 1 + labels                      # (B,)
         held = self.embeddings(torch.cat([class_id[:, None], prefix], dim=1))  # (B, stop - 1, D)
@@ -280,7 +280,7 @@ class RAR(nn.Module):
             x = x + F.pad(target, (0, 0, 1, 0))                                # cls has no target
         x = x + F.embedding(position[:, :stop], self.pos_embed[0])
         x = x[:, start:]                                                       # (B, S, D)
-        # Trap: timesteps count slots, 0 for cls; they are not cells.
+        # Trap: "timesteps" are slots, 0 for cls: neither cells nor, as in diffusion, noise levels.
         condition = self.embeddings(class_id)[:, None] + self.timesteps_embeddings[:, start:stop]
         for i, block in enumerate(self.blocks):
             arguments = x, condition, start, None if cache is None else cache[i]
@@ -338,9 +338,9 @@ def draw(logits, temperature, uniforms):
 
 def all_slots(model, classes, class_of, orders):
     """A predictor: a function from the tokens drawn so far (B, t), in slot order, to the logits
-    (B, V) of the next. This one runs all t + 2 slots again for each token: slow, obvious, and the
-    test of the others. Sequence b is of class classes[class_of[b]] (each is in classes (C,) but
-    once, for tabled_slots), its order is orders[b]."""
+    (B, V) of the next; called T times. This one runs all t + 2 slots each time: slow, obvious, the
+    test of the others. B counts sequences here, two an image with guidance: b is of class
+    classes[class_of[b]], its order is orders[b]. classes (C,) are distinct, for tabled_slots."""
     return lambda drawn: model.run_slots(drawn, classes[class_of], orders)[:, -1]
 
 def newest_slot(model, classes, class_of, orders):
@@ -357,8 +357,8 @@ def draw_slots(model, settings, classes, class_of, orders, uniforms, given):
     """The tokens (B, T) of B images, in slot order, drawn one after the other. nB sequences pass
     through the network: with guidance n = 2, all images with class, then all without; else n = 1.
     classes (C,), class_of (nB,): as above. given (B, T), in slot order: tokens that stay, or -1.
-    settings: T weights of guidance, or () for none; the temperature; a predictor. They are a key of
-    recorded_on_cuda, for which nothing in here is random or read back from the device."""
+    settings: T weights of guidance, or () for none; temperature; a predictor; new SAMPLING knobs go
+    here. They are a key of recorded_on_cuda, for which nothing here is random or read back."""
     weights, temperature, predict = settings
     (B, T), n = orders.shape, len(class_of) // len(orders)
     next_logits = predict(model, classes, class_of, orders.repeat(n, 1))
@@ -600,7 +600,7 @@ def load_model(path, knobs, device):
     config = tok.read_config(path.parent, [*alike, Config()][0])
     start, end = (fraction * config.steps for fraction in config.anneal)
     if updates and randomness(updates - 1, start, end) == 1:
-        knobs = {"anneal": (1.0, 1.0)} | knobs  # up to here r was 1
+        knobs = {"anneal": (1.0, 1.0)} | knobs  # r was 1 up to here: check_order allows any order
     config = dataclasses.replace(config, **sizes, **knobs)
     model = RAR(config)
     tok.load_strictly(model, state, path)
@@ -749,7 +749,7 @@ def tabled_slots(model, classes, class_of, orders):
     for AHEAD slots at once, and for each class once. Those layers are a third of the weights, which
     a step would otherwise read again for every token. Up to rounding the tokens are the same."""
     class_embedding = model.embeddings(model.config.codebook_size + 1 + classes)[:, None]
-    positions = F.embedding(2 + orders[:, :-1], model.pos_embed[0])            # (B, T - 1, D)
+    positions = F.embedding(2 + orders[:, :-1], model.pos_embed[0])  # (B, T - 1, D): slots 2 .. T
     if model.config.target_aware:
         positions = positions + F.embedding(2 + orders[:, 1:], model.target_aware_pos_embed[0])
     cache, tables = model.empty_cache(len(class_of)), []
@@ -758,7 +758,7 @@ def tabled_slots(model, classes, class_of, orders):
         t = drawn.shape[1]
         if t == 0:
             return model.run_slots(drawn, classes[class_of], orders, 0, cache)[:, -1]
-        k = (t - 1) % AHEAD
+        k = (t - 1) % AHEAD  # where slot t + 1, which runs now, is in the tables
         if k == 0:
             condition = class_embedding + model.timesteps_embeddings[:, t + 1:t + 1 + AHEAD]
             tables.clear()  # not two sets of them at once
