@@ -276,7 +276,7 @@ def replacing(path, ending=".part"):
     finds the old file or the new one, never half of one. Every file that we write goes through
     here, except two that grow: the log, by lines, and a token file, by blocks."""
     path = Path(path)
-    beside = path.with_name(path.name + ending)
+    beside = path.parent / (path.name + ending)  # with_name would refuse "."
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
