@@ -1961,8 +1961,8 @@ def test_fuzz(trained, photographs, capsys, monkeypatch):
         runs += 1
         if not Path("runs/shapes-tiny/weights.pt").exists():
             Path("runs/shapes-tiny/weights.pt").write_bytes(model)
-    folder, reads = Path("rubbish"), 0
-    folder.mkdir(exist_ok=True)
+    folder, reads = Path("bytes"), 0
+    folder.mkdir()
     starts = [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"{", b"\x80\x02", b"\x89PNG\r\n\x1a\n",
               b"\xff\xd8\xff\xe0", b"GIF89a"]
     while time.monotonic() - begin < seconds:
