@@ -670,7 +670,7 @@ def bench_command(args, knobs, device, autocast):
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
     n = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(n, n, device=device, dtype=dtype)
-    source, copy = torch.zeros(2, 2**26, device=device)
+    source, copy = torch.zeros(2, n * 2**16, device=device)
 
     def sample():
         with autocast:
@@ -679,8 +679,8 @@ def bench_command(args, knobs, device, autocast):
     flops = 2 * n**3 / timed(lambda: matrix @ matrix, device)               # FLOP/s
     bandwidth = 2 * source.nbytes / timed(lambda: copy.copy_(source), device)   # bytes/s
     sampling = timed(sample, device)
-    pixels = timed(lambda: tokenizer.decode(tokens), device)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    pixels = timed(lambda: tokenizer.decode(tokens), device)
     model = RAR(c).to(device)
     network, optimizer = torch.compile(model, disable=not c.compile), make_optimizer(model, c)
     training = timed(lambda: train_step(network.train(), optimizer, c, draw_batch(rows, c, 0), 0,

@@ -165,8 +165,8 @@ def rectangle(text):
 
 def choose_device(name):
     """The torch.device of this name, or the best that there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1  # gloo does not know it
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     name = name or next(name for name in there if there[name])
     if not there[name]:
         raise UserError(f"--device {name}: this machine has no such device that torch can use")
@@ -184,13 +184,16 @@ def choose_precision(device, precision):
     # in bfloat16 the few products that stay float32, such as the logits', may use TF32 too
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
+    # Some releases would rather take cuDNN's attention than flash attention. It makes a plan for
+    # every length, of which sampling has T, and rounds the share that dropout drops.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
 
 def send(tensor, device):
     """The tensor on the device. From pinned memory the copy keeps nobody waiting."""
     if device.type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 # ---- Processes: torchrun starts them and says in the environment who is who ----------------------
 
@@ -376,8 +379,7 @@ CHECKPOINT = {"updates", "model", "optimizer"}  # what a checkpoint holds
 def fetch_released(repository, file, sha256=None):
     """The path of a file on Hugging Face, or on the mirror that HF_ENDPOINT names."""
     host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    with rank_zero_first():
-        return fetch(f"{host.rstrip('/')}/{repository}/resolve/main/{file}", sha256)
+    return fetch(f"{host.rstrip('/')}/{repository}/resolve/main/{file}", sha256)
 
 def chosen_weights(args):
     """The path that --weights names, or that of the released --model, which is fetched."""
@@ -387,8 +389,9 @@ def chosen_weights(args):
         raise UserError("--model goes with --pretrained; of --weights the size is read off")
     if not args.model:
         return args.weights
-    fetch_released("fun-research/TiTok", RELEASED)  # and it lies beside the weights
-    return fetch_released("yucornetto/RAR", *RELEASED_MODELS[args.model])
+    with rank_zero_first():
+        fetch_released("fun-research/TiTok", RELEASED)  # and it lies beside the weights
+        return fetch_released("yucornetto/RAR", *RELEASED_MODELS[args.model])
 
 def load_strictly(module, state, path):
     """Copy a state dict into a module; UserError at the first name or shape that differs."""
@@ -1410,9 +1413,13 @@ class Samples:
     def put(self, numbers, images):
         text = PngImagePlugin.PngInfo()
         text.add_text("settings", self.settings)
-        for number, pixels in zip(numbers.tolist(), to_uint8(images)):
+
+        def write(number, pixels):
             with replacing(self.file(number)) as beside:
                 Image.fromarray(pixels).save(beside, "PNG", compress_level=1, pnginfo=text)
+
+        with ThreadPoolExecutor() as pool:  # Pillow compresses without Python's lock
+            list(pool.map(write, numbers.tolist(), to_uint8(images)))
 
     def finish(self, names, before=None, orders=None):
         """Put the file together. A grid has a column for each name; or, behind images (N, 3, H, W)
