@@ -709,7 +709,7 @@ def bench_command(args, knobs, device, autocast):
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
-    train = parser.command("train", train_command, "train a model on pictures", Config,
+    train = parser.command("train", train_command, "train a model [RAR-B's defaults]", Config,
                            precision="bfloat16")
     train.add_argument("--model", choices=PRESETS, help="preset of all flags [by the data]")
     train.add_argument("--out", help="folder to train in, or to go on in [runs/DATA-MODEL]")

@@ -97,7 +97,9 @@ class Parser(argparse.ArgumentParser):
         fields = knobs_of(config) if config else []
         fields = [field for field in fields if knobs is None or field.name in knobs]
         for field in fields:
-            option = field.metadata["option"]
+            option = dict(field.metadata["option"])
+            if knobs is None:  # elsewhere the defaults are those of the weights
+                option["help"] += f" [{field.default}]"
             if option["type"] is bool:
                 option = {"action": argparse.BooleanOptionalAction, "help": option["help"]}
             command.add_argument(flag(field), **option)
@@ -121,6 +123,8 @@ class Parser(argparse.ArgumentParser):
             if args.precision is None:
                 args.precision = args.cuda_precision if device.type == "cuda" else "float32"
             autocast = choose_precision(device, args.precision)
+            if getattr(args, "json", None):
+                check_folder(Path(args.json).parent, f"--json {args.json}")
             with processes(device):
                 args.function(args, knobs, device, autocast)
             return 0
