@@ -320,8 +320,8 @@ SAMPLING = ("order", "scale", "power", "temperature", "seed")  # knobs that deci
 def guidance_weight(step, steps, scale, power):
     """Classifier-free guidance: a token is drawn from u + g (c - u), c being the logits given the
     class, u those without it. g > 1 exaggerates what the class changes: pictures are more typical
-    of it and vary less. At token t = step of T = steps g = 1 + (scale - 1) (1 - cos(pi (t/T)^power))
-    / 2: 1, which is c alone, at the first, and nearly scale at the last. Power 0: always scale."""
+    of it and vary less. g = 1 + (scale - 1) (1 - cos(pi (t/T)^power)) / 2 for token t = step of
+    T = steps: 1, which is c alone, at first, and nearly scale at last. Power 0: always scale."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
