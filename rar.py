@@ -395,7 +395,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     if scale not in (0, 1):  # every image is there twice, the second time without its class
         weights = tuple(guidance_weight(t, T, scale, power) for t in range(T))
         labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    classes, class_of = labels.unique(return_inverse=True)                   # (C,), (nB,)
+    classes, class_of = labels.unique(return_inverse=True)              # (C,), (nB,)
     settings = weights, temperature, predict or predictor
     drawn = loop(model, settings, classes, class_of, orders, uniforms, given)
     return torch.empty_like(drawn).scatter_(1, orders, drawn)           # cell order again
@@ -540,7 +540,7 @@ def train(config, run, device, autocast):
     if config.init and first == 0:
         tok.init_weights(model, config.init)
     with tok.rank_zero_first():
-        data = tok.open_data(config, run.folder, device, fit=first == 0 and tok.RANK == 0)
+        data = tok.open_data(config, run.folder, device, first == tok.RANK == 0 and run.hold)
     tok.check_same_on_all(config, data.train)
     network = model
     if tok.WORLD_SIZE > 1:

@@ -589,7 +589,8 @@ def test_who_comes_second_starts_again(workplace, monkeypatch, capsys):
         return open_data(*arguments, **options)
 
     monkeypatch.setattr(tok, "open_data", while_another_trains)
-    assert "start again" in refused(TRAIN, capsys, last_line=True)
+    assert "start again" in refused([*TRAIN, "--codebook-size", "30"], capsys, last_line=True)
+    assert tok.load("runs/shapes-tiny/tokenizer.pt").codebook_size == 32  # not overwritten either
     assert len(log_of(Path("runs/shapes-tiny"))) == 6
 
 def refused(arguments, capsys, last_line=False, main=rar.main):

@@ -483,7 +483,7 @@ class Run:
 
     def __init__(self, folder, config):
         self.folder, self.config = Path(folder), config
-        self.log_path = self.folder / "log.jsonl"
+        self.log_path, self.lock = self.folder / "log.jsonl", None
         # after so many updates r leaves 1: the last of a model for any order
         self.annealing_starts = math.ceil(config.anneal[0] * config.steps)
         # asked: a signal came to this process; stopped: one came to any, and all know it
@@ -549,17 +549,25 @@ class Run:
                 with contextlib.suppress(OSError):  # not worth ending a run
                     path.unlink()
 
-    def open_folder(self, first):
-        """Hold the folder against a second process, until this Run is gone; note the config; cut
-        the log behind update `first`: what came after it is made again, and so is half a line."""
-        self.lock = open(self.folder / ".lock", "ab")
+    def hold(self):
+        """Keep other processes out of the folder, until this Run is gone, before anything in it is
+        written. Raises UserError if one is there, or has been since `load`."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "ab")
         try:
             if fcntl is not None:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{self.folder} is in use by another process: wait for it") from error
-        if self.checkpoints() != self.found:  # since load
+        if self.checkpoints() != self.found:
             raise UserError(f"{self.folder}: another process has trained here: start again")
+
+    def open_folder(self, first):
+        """Note the config, and cut the log behind update `first`: what came after it is made again,
+        and so is half a line."""
+        if self.lock is None:
+            self.hold()
         write_json(self.folder / "config.json", dataclasses.asdict(self.config))
         if self.log_path.exists():
             lines = self.log_path.read_text(errors="replace").splitlines()
@@ -1026,8 +1034,9 @@ def check_tokenizer(tokenizer, config, path, names=("grid_size", "codebook_size"
         if has != wanted:
             raise UserError(f"{path} has {name} {has}, but --{name.replace('_', '-')} is {wanted}")
 
-def fit_tokenizer(config, images, path):
-    """Put the tokenizer that config names at `path`: that of a file, or one fitted to images()."""
+def fit_tokenizer(config, images, path, hold):
+    """Put the tokenizer that config names at `path`: that of a file, or one fitted to images(). The
+    first that is written of a run, so hold() is called before."""
     if config.tokenizer == "patch":
         tokenizer = PatchTokenizer.fit(images(), config.grid_size, config.codebook_size)
     elif config.tokenizer == "released":
@@ -1035,6 +1044,7 @@ def fit_tokenizer(config, images, path):
     else:
         tokenizer = load(config.tokenizer)
     check_tokenizer(tokenizer, config, config.tokenizer)
+    hold()
     write_tensors(path, tokenizer.state_dict())
 
 def tokenizer_of(config, folder):
@@ -1234,9 +1244,9 @@ def recipe(data):
         why += f"; {RELEASED} is not at hand, --tokenizer released fetches it"
     return names, "RAR-B", {"tokenizer": str(released or "patch")}, why
 
-def open_data(config, folder, device, fit=False):
-    """The data set config.data as tokens, by the tokenizer.pt in the folder. With `fit`, that is
-    made for the data and put there first."""
+def open_data(config, folder, device, hold=None):
+    """The data set config.data as tokens, by the tokenizer.pt in the folder. With `hold`, which
+    keeps others out of the folder, that is made for the data and put there first."""
     data, names = config.data, class_names(config.data)
     if len(names) != config.num_classes:
         raise UserError(f"--data {data} has {len(names)} classes, the model {config.num_classes}")
@@ -1244,8 +1254,8 @@ def open_data(config, folder, device, fit=False):
         raise UserError(f"--crops {config.crops}: choose from {', '.join(CROPS)}")
 
     def tokenizer_fitted_to(images):
-        if fit:
-            fit_tokenizer(config, images, Path(folder) / "tokenizer.pt")
+        if hold:
+            fit_tokenizer(config, images, Path(folder) / "tokenizer.pt", hold)
         return tokenizer_of(config, folder).to(device)
 
     if data == "shapes":
@@ -1257,7 +1267,7 @@ def open_data(config, folder, device, fit=False):
         rows = np.column_stack([labels, tokens.numpy()]).astype(np.uint16)
         return Data(rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:], tokenizer)
     if Path(data).suffix == ".jsonl":
-        if fit and config.tokenizer == "patch":
+        if hold and config.tokenizer == "patch":
             raise UserError(f"--data {data}: these are tokens of {RELEASED}: name that file with "
                             "--tokenizer")
         tokenizer = tokenizer_fitted_to(None)

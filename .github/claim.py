@@ -77,7 +77,8 @@ def prepare(source):
     for kind in ("plenty", "few"):
         config = dataclasses.replace(rar.PRESETS["tiny"], num_classes=len(names),
                                      class_names=names, data=data_of(kind, source), **sizes)
-        tok.open_data(config, HOME, CPU, fit=not (HOME / "tokenizer.pt").exists())
+        made = (HOME / "tokenizer.pt").exists()
+        tok.open_data(config, HOME, CPU, None if made else lambda: None)  # nobody else is here
     if not (HOME / "classifier.pt").exists():
         train_judge(source, FEW, tok.load(HOME / "tokenizer.pt"), HOME / "classifier.pt")
 
