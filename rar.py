@@ -10,21 +10,21 @@ A tokenizer (tokenizer.py) cuts a picture into a grid of patches and replaces ea
 number of the entry in a codebook that stands for such a patch. A transformer learns to predict the
 tokens one after the other, as a language model predicts words. New pictures are drawn from it.
 
-In which order? Row by row, a token is predicted from what is above it and to its left, and nothing
-else. Random orders teach a model to use context from all sides, but 256 tokens have 256! orders,
-too many to master. So RAR starts with random orders and ends row by row ("raster"): r, the
-probability of a random order, is annealed from 1 to 0. In the paper (Table 2) raster order alone
-has FID 3.08, random orders alone 3.01, and annealing 2.18. Lower is better.
+In which order? Row by row ("raster"), a token is predicted from what is above it and to its left,
+and nothing else. Random orders teach a model to use context from all sides, but there are too many
+of them to master. So RAR starts with random orders and ends with raster order: r, the probability
+of a random order, is annealed from 1 to 0. The paper's FID, where lower is better, is 3.08 with
+raster order alone, 3.01 with random orders alone, and 2.18 with annealing (Table 2).
 
     r = 1 ----------------.
                             ' .
         0                       '---------
           0 %            50 %  75 %   100 % of training
 
-One thing has to be added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3, and the
-order [2, 0, 1, 3] for cell 1. The model has seen the same in both, so it can only answer the same.
-Therefore a second position embedding, the target-aware one, tells it which cell is next. Once there
-is one order, the present cell tells the next, and the embedding adds nothing.
+One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order
+[2, 0, 1, 3] for cell 1. The model has seen the same in both, so it could only answer the same. A
+second position embedding, the target-aware one, tells it which cell is next. Once there is one
+order, the present cell tells the next, and the embedding adds nothing.
 
 A cell is a place in the picture, a slot is a place in the sequence, and x_c is the token of cell c.
 This is the sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
@@ -36,15 +36,16 @@ This is the sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
     row of timesteps_...          0        1        2        3        4      (the slot)
     predicts                      -       x_2      x_0      x_3      x_1
 
-Part I is RAR in its simplest form: 1 orders, 2 model, 3 sampling, 4 training. Part II makes it a
-program: 5 sampling with a cache, 6 training that can be stopped and shared by GPUs, 7 settings,
-8 commands, 9 more scan orders and the fast path on GPUs.
+Part I is RAR at its simplest: 1 orders, 2 model, 3 sampling, 4 training. Part II is the program: 5
+sampling with a cache, 6 training that can be stopped and shared by GPUs, 7 settings, 8 commands, 9
+scan orders and the fast path on GPUs.
 
 Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
 """
 
 import math
 from collections import OrderedDict
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -56,10 +57,8 @@ from tqdm import tqdm
 # ---- 1. Orders: random at first, then less and less ----------------------------------------------
 
 def randomness(step, start, end):
-    """r, the probability that a sample of update `step` gets a random order (Section 3.2).
-
-    1 before update `start`, 0 from `end` on, and a straight line between. The paper has 125,000
-    and 187,500 of 250,000 updates.
+    """r, the probability that a sample of update `step` gets a random order (Section 3.2): 1 before
+    update `start`, 0 from `end` on, a line between. The paper has 125,000 and 187,500 of 250,000.
     """
     if step < start:
         return 1.0
@@ -68,16 +67,16 @@ def randomness(step, start, end):
     return (end - step) / (end - start)
 
 def sample_orders(batch, length, r, order=None, rng=None):
-    """An order for each sample, int64 (B, T): random with probability r, else `order` (T,).
+    """An order for each sample, random with probability r, else `order` (T,), by default raster.
 
-    [b, i] is the cell that comes i-th in sample b. The default order is raster.
+    Returns int64 (B, T): [b, i] is the cell that comes i-th in sample b.
     """
     if rng is None:
         rng = np.random.default_rng()
     if order is None:
         order = np.arange(length)
     is_random = rng.random((batch, 1)) < r
-    # Sorting noise shuffles: argsort tells where each number goes.
+    # Where the numbers go when noise is sorted is a random permutation.
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, np.asarray(order)))
 
@@ -93,8 +92,8 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """A transformer block with adaLN, the adaptive LayerNorm of DiT.
 
-    A linear layer maps the condition (class + slot embedding) to six vectors, its modulation: a
-    shift and a scale for the input of attention, a gate for its output, and the same for the MLP.
+    A linear layer maps class + slot embedding to six vectors, the modulation: a shift and a scale
+    for the input of attention, a gate for its output, and the same for the MLP.
     """
 
     def __init__(self, config):
@@ -143,7 +142,7 @@ class RAR(nn.Module):
     """p(picture | class) as a product over its tokens, in any order of the cells.
 
     Rows of `embeddings`: 0 .. V-1 are the tokens, V is unused, V + 1 + c is class c, and the last
-    is "no class". Slot 0 predicts nothing; it is there because the released weights have it.
+    is "no class". Slot 0 predicts nothing. It is there because the released weights have it.
     """
 
     def __init__(self, config):
@@ -151,7 +150,7 @@ class RAR(nn.Module):
         D, T, self.config = config.width, config.grid_size**2, config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
-        # As long as the released tables, of which the first T + 2 rows are used.
+        # As long as the released tables. The first T + 2 rows are used.
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))
@@ -168,7 +167,7 @@ class RAR(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for layer in self.modulation_layers():  # gates are 0, so at first a block adds nothing
+        for layer in self.modulation_layers():  # with gates of 0, blocks add nothing at first
             nn.init.zeros_(layer[1].weight)
 
     def forward(self, tokens, labels, orders):
@@ -179,11 +178,11 @@ class RAR(nn.Module):
         in_order = tokens.gather(1, orders)
         held = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
         x = held + self.places(orders)                                   # (B, T + 1, D)
-        condition = self.condition(labels, 0, x.shape[1])                # (B, T + 1, D)
+        condition = self.condition(labels, 0, x.shape[1])                # the same shape
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
         modulation = self.adaln_before_head.adaLN_modulation(condition)
-        return self.head(x, modulation)[:, 1:]                           # slot 0 predicts nothing
+        return self.head(x, modulation)[:, 1:]                           # without slot 0
 
     def prompt(self, labels):
         """What slots 0 and 1 hold: (B, 2, D)."""
@@ -231,16 +230,16 @@ def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1).
 
     With logits c given the class and u without it, a token is drawn from u + g (c - u). A larger g
-    makes pictures more typical and less varied. g rises from 1 to `scale`, later with a larger
-    power; with power 0 it is always `scale`.
+    makes pictures more typical and less varied. It rises from 1 to `scale`, later with a larger
+    power; with power 0 it is `scale` throughout.
     """
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature) by uniforms (B,) in [0, 1).
 
-    A token is the first at which the cumulative probability exceeds the uniform. Uniforms belong to
-    pictures, so the batch can't change a picture, as it would with torch.multinomial.
+    A token is the first whose cumulative probability exceeds the uniform. Each picture has its own
+    uniforms, so the batch can't change it, as it would with torch.multinomial.
     """
     if temperature < 1e-30:
         return logits.argmax(-1)
@@ -253,14 +252,14 @@ def draw(logits, temperature, uniforms):
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
     """Draw the tokens (B, T), in cell order, of pictures of classes labels (B,).
 
-    uniforms and orders (B, T): [b, i] decides token i of picture b. The whole sequence runs for
-    each token. Attention is causal, so tokens that are not drawn yet (0) change nothing.
+    uniforms and orders are (B, T): [b, i] decides draw i of picture b. The whole sequence runs for
+    each token. Attention is causal, so those that are not drawn yet (0) change nothing.
     """
     no_class = torch.full_like(labels, model.config.num_classes)
     tokens = torch.zeros_like(orders)
     for t in tqdm(range(orders.shape[1]), "sampling", leave=False):
         logits = model(tokens, labels, orders)[:, t]                     # (B, V)
-        if scale != 0:  # which is no guidance
+        if scale != 0:  # 0 is no guidance
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
             logits = unconditional + g * (logits - unconditional)
@@ -290,12 +289,34 @@ def make_optimizer(model, config):
                               {"params": others, "weight_decay": 0.0}],
                              betas=config.betas, fused=True)
 
+@lru_cache(maxsize=2)  # 12.8 million rows take 0.7 s
 def shuffled(count, seed, number):
-    """The numbers 0 .. count - 1 in the order in which pass `number` visits the rows."""
+    """The rows 0 .. count - 1 in the order in which pass `number` visits them."""
     return np.random.default_rng((seed, number, 1)).permutation(count)
 
+def whole_batch(rows, config, step, order=None):
+    """What update `step` learns from, of rows (N, 1 + T): a class, then the tokens in cell order.
+
+    Returns tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. They follow
+    from the seed and the step alone, so a run can be stopped and go on.
+    """
+    B, steps = config.batch, config.steps
+    passes, index = np.divmod(step * B + np.arange(B), len(rows))
+    for number in np.unique(passes):
+        now = passes == number
+        index[now] = shuffled(len(rows), config.seed, int(number))[index[now]]
+    batch = torch.from_numpy(rows[index].astype(np.int64))               # (B, 1 + T)
+    labels, tokens = batch[:, 0], batch[:, 1:]
+
+    rng = np.random.default_rng((config.seed, step))
+    # Guidance needs a model without class to compare with, so some samples lose their class.
+    labels[rng.random(B) < config.label_dropout] = config.num_classes
+    r = randomness(step, config.anneal[0] * steps, config.anneal[1] * steps)
+    orders = sample_orders(B, tokens.shape[1], r, order, rng)
+    return tokens, labels, orders, rng.integers(2**63, size=B), r
+
 def update(model, optimizer, config, step):
-    """Make update `step` from the gradients. Returns their norm before clipping, and the rate."""
+    """Make update `step` from the gradients. Returns their norm and the learning rate."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     warmup = config.warmup * config.steps
     lr = learning_rate(step, config.steps, warmup, config.lr, config.min_lr)
@@ -306,19 +327,10 @@ def update(model, optimizer, config, step):
     return norm, lr
 
 def train_plainly(model, rows, config):
-    """Train on rows (N, 1 + T) of integers: a class, then the tokens in cell order."""
+    """Make all updates of a training on rows (N, 1 + T) of integers."""
     optimizer = make_optimizer(model, config)
-    B, steps = config.batch, config.steps
-    passes = range(1 + steps * B // len(rows))
-    visits = np.concatenate([shuffled(len(rows), config.seed, number) for number in passes])
-    for step in tqdm(range(steps), "training"):
-        rng = np.random.default_rng((config.seed, step))
-        batch = rows[visits[step * B:(step + 1) * B]].astype(np.int64)   # (B, 1 + T)
-        labels, tokens = torch.from_numpy(batch[:, 0]), torch.from_numpy(batch[:, 1:])
-        # Some samples lose their class: guidance needs a model without class to compare with.
-        labels[rng.random(B) < config.label_dropout] = config.num_classes
-        r = randomness(step, config.anneal[0] * steps, config.anneal[1] * steps)
-        orders = sample_orders(B, tokens.shape[1], r, rng=rng)
+    for step in tqdm(range(config.steps), "training"):
+        tokens, labels, orders, _, _ = whole_batch(rows, config, step)
         loss, _ = training_loss(model, tokens, labels, orders)
         loss.backward()
         update(model, optimizer, config, step)
@@ -332,8 +344,6 @@ import inspect
 import json
 import re
 import sys
-import time
-from functools import lru_cache
 from pathlib import Path
 
 from torch.nn.parallel import DistributedDataParallel
@@ -362,11 +372,11 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     drawn, K = torch.full_like(orders, -1), 0                            # in slot order
     if known is not None:
         drawn = known.gather(1, orders)
-        known_in_all = (drawn >= 0).all(dim=0).int()                     # (T,)
-        K = min(int(known_in_all.cumprod(0).sum()), T - 1)  # so many come first in every picture
+        come_first = (drawn >= 0).all(dim=0).int().cumprod(0)            # (T,), in all pictures
+        K = min(int(come_first.sum()), T - 1)
 
     # With guidance every picture is two sequences: all with their class, then all without. Row i of
-    # `classes` is the class of picture i. The last row is "no class", which pictures share.
+    # `classes` is the class of picture i. The last row, "no class", is there once for all.
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])
     row, copies = torch.arange(B, device=device), 1
     if scale not in (0, 1):
@@ -399,8 +409,8 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
             logits = model.head(x[:, -1:], next(modulations)[:, -1:].float())[:, 0]
 
         if copies == 2:
-            g = guidance_weight(t, T, scale, power)
             conditional, unconditional = logits.chunk(2)
+            g = guidance_weight(t, T, scale, power)
             logits = unconditional + g * (conditional - unconditional)   # (B, V)
         token = draw(logits, temperature, uniforms[:, t])
         token = torch.where(drawn[:, t] >= 0, drawn[:, t], token)
@@ -408,16 +418,17 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     return torch.empty_like(drawn).scatter_(1, orders, drawn)
 
 def attention_with(cache, first, slots):
-    """Attention of slots from `first` on, to themselves and to those before them in the cache."""
+    """Attention of the slots from `first` on to themselves and to those before, in a cache."""
     def attend(q, k, v, dropout):
-        B, H, S, width = k.shape
-        if first == 0:  # room for all slots; k is float32 under autocast, v is not
-            cache["k"], cache["v"] = v.new_empty(2, B, H, slots, width)
-        cache["k"][:, :, first:first + S] = k
-        cache["v"][:, :, first:first + S] = v
-        k, v = cache["k"][:, :, :first + S], cache["v"][:, :, :first + S]
+        stop = first + k.shape[2]
+        if first == 0:  # room for all slots; autocast makes k float32, but not v
+            shape = (*k.shape[:2], slots, k.shape[3])
+            cache["k"], cache["v"] = v.new_empty(shape), v.new_empty(shape)
+        cache["k"][:, :, first:stop] = k
+        cache["v"][:, :, first:stop] = v
         # From slot 0 on, each sees those before it. Later there is one slot, and it sees all.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=first == 0)
+        return F.scaled_dot_product_attention(
+            q, cache["k"][:, :, :stop], cache["v"][:, :, :stop], is_causal=first == 0)
     return attend
 
 def image_uniforms(seed, numbers, length):
@@ -462,30 +473,11 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
 
 # ---- 6. Training: the same updates, resumable, on any number of GPUs -----------------------------
 
-shuffled_once = lru_cache(maxsize=2)(shuffled)  # 12.8 million rows take 0.7 s
-
 def draw_batch(rows, config, step, rank=0, processes=1):
-    """The share of process `rank` in the batch of update `step`, of rows (N, 1 + T).
-
-    Returns tokens (b, T), labels (b,), orders (b, T), seeds (b,) of dropout, and r. They follow
-    from (seed, step, row of the batch) alone, so a run resumes exactly, and processes can share a
-    batch. Dropout masks depend on the micro-batch, too.
-    """
-    B, T = config.batch, config.grid_size**2
-    passes, index = np.divmod(step * B + np.arange(B), len(rows))
-    for number in np.unique(passes):
-        now = passes == number
-        index[now] = shuffled_once(len(rows), config.seed, int(number))[index[now]]
-    rng = np.random.default_rng((config.seed, step))
-    dropped = torch.from_numpy(rng.random(B) < config.label_dropout)
-    r = randomness(step, config.anneal[0] * config.steps, config.anneal[1] * config.steps)
-    orders = sample_orders(B, T, r, scan_order(config.order, config.grid_size), rng)
-    seeds = rng.integers(2**63, size=B)
-
-    mine = slice(rank * B // processes, (rank + 1) * B // processes)
-    batch = torch.from_numpy(rows[index[mine]].astype(np.int64))         # (b, 1 + T)
-    labels = batch[:, 0].masked_fill(dropped[mine], config.num_classes)
-    return batch[:, 1:], labels, orders[mine], seeds[mine], r
+    """The share of process `rank` in a whole_batch. Every process draws all of it."""
+    *batch, r = whole_batch(rows, config, step, scan_order(config.order, config.grid_size))
+    mine = slice(rank * config.batch // processes, (rank + 1) * config.batch // processes)
+    return *[x[mine] for x in batch], r
 
 def train_step(network, optimizer, config, batch, step, autocast):
     """Make one update with what draw_batch returned. network is the model, or DDP around it.
@@ -544,12 +536,11 @@ def train(config, folder, device, autocast):
     if tok.WORLD_SIZE > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True,
                                           find_unused_parameters=not config.target_aware)
-    if config.compile:  # but not attention, which alone knows lengths
+    if config.compile:  # all but attention, which alone knows lengths
         for block in model.blocks:
             block.before, block.after = torch.compile(block.before), torch.compile(block.after)
 
     annealing_starts = math.ceil(config.anneal[0] * config.steps)
-    clock, before = time.perf_counter(), done
     bar = tqdm(total=config.steps, initial=done, desc="training", unit=" updates")
     with bar, tok.noting_signals() as signals:
         for step in range(done, config.steps):
@@ -563,13 +554,11 @@ def train(config, folder, device, autocast):
             logged = milestone or done == 1 or done % config.log_every == 0
             if logged or stopping:  # only here is the device waited for
                 line = {"step": done} | {name: float(value) for name, value in figures.items()}
-                if not math.isfinite(line["loss"] + line["gradient_norm"]):  # nor later, then
-                    raise UserError(f"update {done}: the loss is {line['loss']}; checkpoints are "
+                line["passes"] = done * config.batch / data.images
+                if not math.isfinite(line["loss"] + line["gradient_norm"]):
+                    raise UserError(f"update {done}: the loss is {line['loss']}. Checkpoints are "
                                     "good. Try a lower --lr or --precision float32")
-                speed = (done - before) * config.batch / (time.perf_counter() - clock)
-                line |= {"images_per_second": speed, "passes": done * config.batch / data.images}
                 bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}".format(**line))
-                clock, before = time.perf_counter(), done
             if milestone and tok.RANK == 0:
                 line |= evaluate(model.eval(), data.held_out, config, autocast)
                 bar.write(f"update {done}: {in_words(config, line)}")
@@ -589,17 +578,13 @@ def in_words(config, result):
             f"{result['random_order_bits']:.3f} bits/token in random order")
 
 def save_preview(folder, done, model, data, config, autocast):
-    """A picture of photographs, of what the tokenizer keeps of them, and of samples."""
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
-    images = [data.examples]                                             # (N, 3, H, W) each
-    for _, tokens in sample_tokens(model.eval(), labels, config, autocast):
-        images.append(data.tokenizer.decode(tokens).cpu())
+    images = [data.tokenizer.decode(tokens).cpu()                        # (B, 3, H, W)
+              for _, tokens in sample_tokens(model.eval(), labels, config, autocast)]
     tok.save_grid(folder / f"step-{done:06}.png", torch.cat(images), config.class_names)
 
 # A run is a folder with config.json, tokenizer.pt, log.jsonl, previews, weights.pt to sample from,
 # and checkpoints to go on from: the last two, and the one where annealing starts.
-
-CHECKPOINT = {"updates", "model", "optimizer"}
 
 def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
@@ -625,16 +610,16 @@ def load_checkpoint(folder, config, model, optimizer):
             raise UserError(f"{folder} holds a run with {flag_of(name)} {old}, not "
                             f"{getattr(config, name)}: name another --out")
     state = tok.read_tensors(found[0])
-    if state.keys() != CHECKPOINT:
-        raise UserError(f"{found[0]} is not the checkpoint of a run")
-    tok.load_strictly(model, state["model"], found[0])
-    optimizer.load_state_dict(state["optimizer"])
+    with tok.reading(found[0], "is not the checkpoint of a run"):
+        done, state_of_model = state["updates"], state["model"]
+        optimizer.load_state_dict(state["optimizer"])
+    tok.load_strictly(model, state_of_model, found[0])
     if tok.RANK == 0:  # a kill may have come between the two files
-        tok.write_tensors(weights, state["model"])
-    return state["updates"]
+        tok.write_tensors(weights, state_of_model)
+    return done
 
 def start_files(folder, config, done):
-    """Write the config, and cut off the log after update `done`: what comes then is made again."""
+    """Write the config, and cut the log after update `done`: what follows is made again."""
     tok.write_json(folder / "config.json", dataclasses.asdict(config))
     log = folder / "log.jsonl"
     if log.exists():
@@ -736,9 +721,10 @@ PRESETS = {
 def add_flags(command, names):
     for name in names:
         default = getattr(Config, name)
-        options = {"type": type(default)}
+        first = default[0] if isinstance(default, tuple) else default
+        options = {"type": type(first)}
         if isinstance(default, tuple):
-            options = {"type": type(default[0]), "nargs": len(default)}
+            options["nargs"] = len(default)
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
         command.add_argument(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
@@ -783,7 +769,11 @@ def sample_command(args, knobs, device, autocast):
     known = before = None
     if args.complete or args.keep:
         known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
-    check_order(config, read_config(folder, config).order, known)
+    final = read_config(folder, config).order
+    order = image_orders(config, [0], known)[0]                          # (T,)
+    if config.anneal[0] < 1 and not order.equal(scan_order(final, config.grid_size)):
+        print(f"these weights were annealed to {final} order and are worse at others: take the "
+              "checkpoint where annealing starts, or a run with --anneal 1 1")
 
     settings = {name: getattr(config, name) for name in SAMPLING} | {
         "classes": classes, "precision": args.precision, "weights": tok.digest_of(model),
@@ -799,17 +789,6 @@ def sample_command(args, knobs, device, autocast):
         tok.pack_samples(path, store, count, names, before)
     print(f"{path}: {count:,} pictures by {args.weights or folder}, seed {config.seed}")
 
-def check_order(config, trained, known):
-    """Say, or refuse, what a model that was annealed to the order `trained` does badly."""
-    order = image_orders(config, [0], known)[0]                          # (T,)
-    if config.anneal[0] == 1 or order.equal(scan_order(trained, config.grid_size)):
-        return
-    advice = (f"these weights were annealed to {trained} order: take the checkpoint where "
-              "annealing starts, or a run with --anneal 1 1")
-    if known is not None:
-        raise UserError(f"--keep: the cells that are kept do not come first; {advice}")
-    print(f"--order {config.order}: {advice}")
-
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
     data = tok.open_data(config, folder, device)
@@ -819,8 +798,8 @@ def eval_command(args, knobs, device, autocast):
 def load_model(path, knobs, device):
     """The model of a weights file, a checkpoint or a run (None: the newest), its Config and folder.
 
-    Sizes are read off the weights. Other settings are those of the config.json beside them, or of
-    the preset of that size. knobs go before both.
+    Sizes are read off the weights. Other settings come from knobs, from the config.json beside the
+    weights, or from the preset of that size.
     """
     path = find_weights(path)
     checkpoint = tok.read_tensors(path)
@@ -836,7 +815,7 @@ def load_model(path, knobs, device):
     alike = [c for c in PRESETS.values() if (c.width, c.depth) == (D, sizes["depth"])]
     config = read_config(path.parent, [*alike, Config()][0])
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
-        knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random: any will do
+        knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random so far: any will do
     model = RAR(dataclasses.replace(config, **sizes, **knobs))
     tok.load_strictly(model, state, path)
     if device.type == "cpu":  # for a few rows, a CPU reads matrices stored by columns faster
@@ -846,15 +825,14 @@ def load_model(path, knobs, device):
     return model.to(device).eval(), model.config, path.parent
 
 def find_weights(path):
-    """The path of the weights that are meant by a file, a run, a released model's name, or None."""
+    """The path of the weights meant by a file, a run, a released model's name, or None."""
     if path in tok.RELEASED_MODELS:
         return tok.fetch_released(path)
     runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda file: file.stat().st_mtime)
     if path is None and not runs:
         raise UserError("runs/ holds no run: make one with python rar.py train, or name --weights")
     path = Path(path or runs[-1])
-    if path.is_dir():
-        path = path / "weights.pt"
+    path = path / "weights.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"there is no weights file {path}")
     return path
@@ -873,13 +851,10 @@ def load_init(model, path):
 def run(argv):
     parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
-    train = commands.add_parser("train", help="train a model", description="Train a model. In "
-                                "brackets are RAR-B's settings; a preset may have others.")
-    train.add_argument("--model", choices=PRESETS, help="preset [by the data: tiny for shapes]")
+    train = commands.add_parser("train", help="train a model")
+    train.add_argument("--model", choices=PRESETS, help="preset of what stands below in brackets "
+                       "for RAR-B [by the data: tiny for the shapes]")
     train.add_argument("--out", help="folder to train in, or to go on in [runs/DATA-MODEL]")
-    add_flags(train, HELP)
-    train.set_defaults(function=train_command, on_cuda="bfloat16")
-
     sample = commands.add_parser("sample", help="draw pictures")
     sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
     sample.add_argument("--count", type=tok.positive, help="pictures [5 of each class]")
@@ -888,25 +863,24 @@ def run(argv):
     sample.add_argument("--complete", metavar="PICTURE", help="draw what --keep does not keep")
     sample.add_argument("--keep", type=tok.rectangle, metavar="X0,Y0,X1,Y1",
                         help="pixels of the square that is cut from the picture's middle")
-    add_flags(sample, [*SAMPLING, "micro_batch"])
-    # Seed 0 would draw the pictures of the preview again.
-    sample.set_defaults(function=sample_command, on_cuda="tf32", seed=1, micro_batch=64)
-
     evaluation = commands.add_parser("eval", help="held-out bits per token and accuracy")
-    add_flags(evaluation, ["data", "order", "micro_batch"])
-    evaluation.set_defaults(function=eval_command, on_cuda="tf32")
     for command in (sample, evaluation):
         command.add_argument("--weights", help="weights file, run folder, or released model: "
                              f"{', '.join(tok.RELEASED_MODELS)} [the newest run]")
-    for command in (train, sample, evaluation):
+    for command, function, names, on_cuda in (
+            (train, train_command, HELP, "bfloat16"),
+            (sample, sample_command, [*SAMPLING, "micro_batch"], "tf32"),
+            (evaluation, eval_command, ["data", "order", "micro_batch"], "tf32")):
+        add_flags(command, names)
         command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda, if there is one]")
-        command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], help="of "
-                             "matrix products [bfloat16 to train on cuda, tf32 to sample there]")
+        command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
+                             help=f"of matrix products [{on_cuda} on cuda, else float32]")
+        command.set_defaults(function=function, on_cuda=on_cuda)
+    sample.set_defaults(seed=1, micro_batch=64)  # seed 0 would draw the preview again
 
     args = parser.parse_args(argv)
     knobs = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}
-    device, args.precision, autocast = tok.choose_device(
-        args.device, args.precision, args.on_cuda)
+    device, args.precision, autocast = tok.choose_device(args.device, args.precision, args.on_cuda)
     with tok.processes(device):
         args.function(args, knobs, device, autocast)
 
@@ -923,7 +897,7 @@ def scan_order(name, grid_size):
     The pictures tell when each cell of 4x4 has its turn.
     """
     N, half = grid_size, (grid_size + 1) // 2
-    grid = np.arange(N * N).reshape(N, N)  # the cell at each row and column
+    grid = np.arange(N * N).reshape(N, N)
     orders = {"raster": grid.flatten()}
 
     #  0  1  2  3    every second row from right to left
@@ -969,7 +943,7 @@ def scan_order(name, grid_size):
     return torch.from_numpy(orders[name])
 
 def recorded(function):
-    """A function of tensors as a CUDA graph: its small kernels run faster than Python starts them.
+    """A function of tensors as a CUDA graph: small kernels run faster than Python starts them.
 
     The first call with some shapes just runs, which warms up the libraries. The second is recorded,
     and later ones replay it. Inputs and output of a recording have fixed places in memory.

@@ -1,14 +1,9 @@
-"""Pictures in, tokens, pictures out.
+"""Pictures in, tokens, pictures out: for rar.py, and for fid.py, which reads pictures.
 
-    PatchTokenizer, MaskGITVQGAN   pictures <-> tokens, by mean patches or by the published network
-    center_crop, crop              photographs to squares of pixels, as the authors cut them
-    draw_shape                     the built-in pictures: ten kinds of shapes
-    encode_pictures, open_data     a data set as rows of a class and tokens, made once
-    save_grid, open_samples        a picture of pictures, and many pictures on disk
+    1 the two tokenizers   2 photographs   3 the built-in shapes   4 data sets as tokens
+    5 pictures on disk     6 the command   7 what all three programs need
 
-    python tokenizer.py reconstruct a.jpg b.jpg --out recon.png     what a tokenizer keeps
-
-What rar.py, fid.py and this file need about files, downloads and processes stands at the end.
+    python tokenizer.py reconstruct a.jpg b.jpg --out recon.png     shows what a tokenizer keeps
 """
 
 import argparse
@@ -54,10 +49,9 @@ def nearest(vectors, codes):
     return ((codes**2).sum(1) - 2 * vectors @ codes.T).argmin(-1)
 
 class PatchTokenizer(nn.Module):
-    """A token is the nearest of `codebook_size` mean patches. Fitted in seconds, without a network.
+    """A token is the nearest of `codebook_size` mean patches. It is fitted in seconds.
 
-    Encoding looks at one patch. Decoding looks at the mean patches of a token and its neighbours:
-    a linear map of these 3x3, so a convolution over the grid.
+    Decoding is a linear map of the mean patches of a token and its eight neighbours.
     """
 
     def __init__(self, grid_size, patch_size, codebook_size):
@@ -115,7 +109,7 @@ class PatchTokenizer(nn.Module):
     def fit_decoder(self, images):
         """Ridge regression from nine mean patches to what the one in the middle lacks.
 
-        The fewer the samples, the nearer to nothing. In float64: float32 loses 2 dB here.
+        In float64: float32 loses 2 dB. With few samples the ridge leaves nearly nothing.
         """
         tokens = torch.cat([self.encode(part) for part in images.split(50)])
         around = F.unfold(self.means(tokens), 3, padding=1)              # (B, 9C, T)
@@ -199,10 +193,7 @@ class MaskGITVQGAN(nn.Module):
         return torch.cat([self.decoder(part) for part in parts]).clamp(0, 1)
 
 def load(path, config=None, names=()):
-    """The tokenizer in a file, ours or the released one.
-
-    Raises UserError if there is none, or if one of these names differs from the config's.
-    """
+    """The tokenizer in a file, ours or the released one, with these sizes of the config."""
     state = read_tensors(path)
     with reading(path, "holds no tokenizer"):
         if "quantize.embedding.weight" in state:
@@ -258,11 +249,8 @@ def center_crop(image, size):
 CROPS = {"ten": 10, "flip": 2, "center": 1}  # and how many they make of a picture
 
 def crop(image, size, kind):
-    """The crops (N, size, size, 3) uint8 of a picture.
-
-    center is its middle, flip its middle and the mirror image of that, ten the four corners and the
-    middle of a square that is a tenth larger, and the same of its mirror image.
-    """
+    """The crops (N, size, size, 3) uint8 of a picture: its middle, with its mirror image (flip), or
+    four corners and the middle of a square a tenth larger, and the same mirrored (ten)."""
     whole, corners = size, [(0, 0)]
     if kind == "ten":
         whole = int(1.1 * size)
@@ -295,7 +283,8 @@ def labelled_pictures(folder):
     """Two lists of (class, path), to train on and held out: those in val/, or every twentieth."""
     folders, val = class_folders(folder), Path(folder, "val")
     train = [(c, path) for c, each in enumerate(folders) for path in pictures_in(each)]
-    held_out = [(c, path) for c, each in enumerate(folders) for path in pictures_in(val / each.name)]
+    held_out = [(c, path) for c, each in enumerate(folders)
+                for path in pictures_in(val / each.name)]
     if not val.is_dir():
         train, held_out = [x for i, x in enumerate(train) if i % 20 != 19], train[19::20]
     if not train or not held_out:
@@ -321,7 +310,7 @@ def read_picture(file, crops, size):
         return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".split("\n")[0]
 
 def read_pictures(files, crops, size):
-    """Yield what read_picture makes of each file, read by threads: Pillow works without the GIL."""
+    """Yield what read_picture makes of each file. Threads read them: Pillow frees the GIL."""
     with ThreadPoolExecutor() as pool:
         upcoming = ()
         for first in range(0, len(files) + 32, 32):  # the next 32 are read while these are used
@@ -394,8 +383,7 @@ class Data:
     train: np.ndarray         # rows (N, 1 + T) uint16: the class, then the tokens in cell order
     held_out: np.ndarray      # the same
     tokenizer: nn.Module
-    images: float             # how many pictures the rows to train on were made of
-    examples: torch.Tensor = torch.empty(0)  # (N, 3, H, W): photographs, and what is kept of them
+    images: float             # the number of pictures that the rows to train on were made of
 
 def class_names(data):
     """The names of the classes of a data set, by number. Raises UserError if it is not there."""
@@ -445,22 +433,16 @@ def open_data(config, folder, device, fit=False):
     some = [file for _, file in train[::-(-len(train) // enough)]]
     tokenizer = tokenizer_for(lambda: crop_images(some, config.image_size))
     name = Path(config.data).resolve().name
-    train_rows = encode_pictures(train, tokenizer, config.crops, device, f"{name}-train")
+    rows = encode_pictures(train, tokenizer, config.crops, device, f"{name}-train")
     held_out_rows = encode_pictures(held_out, tokenizer, "center", device, f"{name}-held-out")
-
-    first_of_class = dict(reversed(held_out))
-    files = [first_of_class[c] for c in sorted(first_of_class)][:COLUMNS]
-    originals = crop_images(files, tokenizer.image_size)
-    kept = tokenizer.decode(tokenizer.encode(originals.to(device))).cpu()
-    return Data(train_rows, held_out_rows, tokenizer, len(train_rows) / CROPS[config.crops],
-                torch.cat([originals, kept]))
+    return Data(rows, held_out_rows, tokenizer, len(rows) / CROPS[config.crops])
 
 def encode_pictures(pictures, tokenizer, crops, device, name):
     """The rows of (class, picture file) pairs: all crops of a picture, then those of the next.
 
-    Made once, in runs/tokens/, by all processes together. The rows go to a .part file where each
-    picture has its place, and a byte of a .marks file says what became of a picture: 0 nothing yet,
-    1 done, 2 left out. So whoever is stopped or killed goes on.
+    They are made once, in runs/tokens/, by all processes together. Each picture has its place in a
+    .part file, and a byte in a .marks file: 0 to do, 1 done, 2 left out. So a stopped program can
+    go on.
     """
     files = [str(file) for _, file in pictures]
     sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in files]
@@ -534,15 +516,13 @@ def to_uint8(images):
 
 def save_grid(path, images, names):
     """A PNG of images (B, 3, H, W) in [0, 1], row by row, with a column for each name."""
-    with replacing(path) as beside:
-        grid_of(images, names).save(beside, "PNG")
-
-def grid_of(images, names):
-    columns, names = (len(names), names) if len(names) <= COLUMNS else (COLUMNS, ())
-    gap, header, scale = 4, 22 if names else 0, max(1, 80 // images.shape[2])
+    columns, header = len(names), 22
+    if columns > COLUMNS:
+        columns, names, header = COLUMNS, (), 0
+    gap, scale = 4, max(1, 80 // images.shape[2])
     cell = scale * images.shape[2] + gap
-    size = (columns * cell + gap, math.ceil(len(images) / columns) * cell + gap + header)
-    sheet = Image.new("RGB", size, "white")
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * cell + gap, rows * cell + gap + header), "white")
     for i, pixels in enumerate(to_uint8(images).repeat(scale, 1).repeat(scale, 2)):
         row, column = divmod(i, columns)
         sheet.paste(Image.fromarray(pixels), (gap + column * cell, gap + header + row * cell))
@@ -551,7 +531,8 @@ def grid_of(images, names):
     for column, name in enumerate(names):
         centre = ((column + 0.5) * cell + gap / 2, gap + header / 2)
         ImageDraw.Draw(sheet).text(centre, str(name), fill="black", font=font, anchor="mm")
-    return sheet
+    with replacing(path) as beside:
+        sheet.save(beside, "PNG")
 
 def known_tokens(path, keep, tokenizer, device="cpu"):
     """The tokens (T,) of the cells of a picture that lie within the pixels `keep`, else -1.
@@ -578,11 +559,10 @@ def known_tokens(path, keep, tokenizer, device="cpu"):
     return torch.where(cells.flatten(), tokens, -1), torch.cat([image, seen])
 
 def open_samples(out, folder, count, size, settings):
-    """Where samples go, the folder in which they are gathered as numbered PNGs, and the numbers of
-    those that this process has to make.
+    """Where samples go: a path, a folder of numbered PNGs, and the numbers that this process makes.
 
-    out is that folder, or a grid (.png) or an .npz, which is put together in the end. settings.json
-    says how the PNGs were made: no others are added to them.
+    The path is that folder, or a grid (.png) or an .npz that is put together in the end.
+    settings.json in the folder says how the PNGs were made. Others are not mixed with them.
     """
     new = (Path(folder, f"samples-{n}.png") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in new if not path.exists())
@@ -616,10 +596,8 @@ def save_samples(store, numbers, images):
         list(pool.map(write, numbers, to_uint8(images)))
 
 def pack_samples(path, store, count, names, before=None):
-    """Put `count` pictures together at `path`, unless that is their folder.
-
-    A grid has a column for each name, or, if images (N, 3, H, W) come `before`, for each picture.
-    """
+    """Put the pictures together at `path`, unless that is their folder. In a grid, images
+    (N, 3, H, W) may come `before`."""
     if path == store:
         return
     files = [store / f"{number:06}.png" for number in range(count)]
@@ -637,7 +615,7 @@ def pack_samples(path, store, count, names, before=None):
         store.rmdir()
 
 def write_npz(path, count, parts):
-    """An .npz as numpy.savez writes it, arr_0 uint8 (N, H, W, 3), never whole in memory."""
+    """Write an .npz as numpy.savez does, arr_0 uint8 (N, H, W, 3), but piece by piece."""
     with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             for number, pixels in enumerate(parts):
@@ -709,8 +687,8 @@ def rectangle(text):
         raise argparse.ArgumentTypeError(f"must be four numbers, such as 0,0,16,32, not {text}")
     return [int(number) for number in numbers]
 
-def exit_code(function, argv, interrupted="interrupted"):
-    """Call a program's function(argv). Returns its exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+def exit_code(function, argv, interrupted="interrupted; the same command goes on"):
+    """Call function(argv). Returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     try:
         function(argv)
         return 0
@@ -735,10 +713,7 @@ def exit_code(function, argv, interrupted="interrupted"):
     return code
 
 def choose_device(name, precision=None, on_cuda="float32"):
-    """The device of this name, or the best, the precision, and the autocast context for it.
-
-    The default precision of matrix products is `on_cuda`, or float32. Weights stay float32.
-    """
+    """The device, the precision of matrix products, and the autocast context that it takes."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use")
@@ -817,17 +792,16 @@ def noting_signals():
 
 @contextlib.contextmanager
 def locked(path, busy=None):
-    """Keep other programs out meanwhile, by a lock file that rank 0 holds for all processes.
-
-    If another program holds it: wait for it, or raise UserError(busy).
-    """
+    """Keep other programs out by a lock file, which rank 0 holds for all processes. If another
+    program has it, wait, or raise UserError(busy)."""
     with contextlib.ExitStack() as stack:
-        if RANK == 0 and fcntl is not None:
+        if RANK == 0:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(open(path, "ab"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise UserError(busy) from None
         wait_for_all()
@@ -850,7 +824,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def reading(path, wrong=None):
-    """Turn whatever a damaged or foreign file raises inside into a UserError that names the path."""
+    """Turn whatever a damaged file raises inside into a UserError that names the path."""
     try:
         yield
     except UserError:
@@ -957,7 +931,7 @@ def fetch_hub(repository, file, sha256=None):
 def fetch(url, sha256=None):
     """The path of the file at a URL, which is downloaded once, into torch.hub's folder.
 
-    It must be whole and have this SHA-256. Without one it must be a file of torch.save, a zip.
+    It must have this SHA-256. Where none is known, it must be a zip, as torch.save writes.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     if path.exists():
