@@ -1,4 +1,4 @@
-"""Pictures in, tokens, pictures out: for rar.py, and for fid.py, which reads pictures.
+"""Pictures in, tokens, pictures out: for rar.py and fid.py.
 
     1 the two tokenizers   2 photographs   3 the built-in shapes   4 data sets as tokens
     5 pictures on disk     6 the command   7 what all three programs need
@@ -17,26 +17,25 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 import urllib.request
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-try:
+if os.name == "posix":  # Windows has no such module
     import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
@@ -69,8 +68,7 @@ class PatchTokenizer(nn.Module):
 
     def means(self, tokens):
         """int (B, T) -> the mean patches (B, 3 * patch * patch, grid, grid)"""
-        grid = (self.grid_size, self.grid_size)
-        return self.codebook[tokens].transpose(1, 2).unflatten(2, grid)
+        return self.codebook[tokens].transpose(1, 2).unflatten(2, (self.grid_size, -1))
 
     def encode(self, images):
         """float (B, 3, H, W) in [0, 1] -> int64 (B, T), row by row"""
@@ -84,20 +82,19 @@ class PatchTokenizer(nn.Module):
 
     @classmethod
     def fit(cls, images, grid_size, codebook_size):
-        """The tokenizer of these pictures (B, 3, S, S) in [0, 1], S a multiple of grid_size."""
-        if images.shape[-1] % grid_size:
-            raise UserError(f"--grid-size {grid_size} does not divide pictures of "
-                            f"{images.shape[-1]} pixels a side")
-        self = cls(grid_size, images.shape[-1] // grid_size, codebook_size)
+        """The tokenizer of pictures (B, 3, S, S) in [0, 1]."""
+        size = images.shape[-1]
+        if size % grid_size:
+            raise UserError(f"--grid-size {grid_size} does not divide {size} pixels")
+        self = cls(grid_size, size // grid_size, codebook_size)
         random = np.random.default_rng(0)
         patches = self.patches(images).flatten(0, 1).numpy()             # (N, C)
-        patches = patches[random.permutation(len(patches))[:60_000]]
-        # All start from different patches, or the many empty ones would take every code.
+        patches = random.permutation(patches)[:60_000]
+        # Codes start from different patches, or all would start from the empty one.
         distinct = np.unique(patches, axis=0)
         if len(distinct) < codebook_size:
-            raise UserError(f"--codebook-size {codebook_size} is more than the {len(distinct)} "
-                            "different patches of these pictures")
-        codebook = distinct[random.permutation(len(distinct))[:codebook_size]]
+            raise UserError(f"--codebook-size: there are only {len(distinct)} different patches")
+        codebook = random.permutation(distinct)[:codebook_size]
         for _ in tqdm(range(20), "fitting the tokenizer", leave=False):
             codebook, _ = kmeans2(patches, codebook, iter=1, minit="matrix")
         self.codebook.copy_(torch.from_numpy(codebook))
@@ -107,12 +104,10 @@ class PatchTokenizer(nn.Module):
         return self
 
     def fit_decoder(self, images):
-        """Ridge regression from nine mean patches to what the one in the middle lacks.
-
-        In float64: float32 loses 2 dB. With few samples the ridge leaves nearly nothing.
-        """
+        """Ridge regression from nine mean patches to what the one in the middle lacks."""
         tokens = torch.cat([self.encode(part) for part in images.split(50)])
         around = F.unfold(self.means(tokens), 3, padding=1)              # (B, 9C, T)
+        # In float64, since float32 loses 2 dB.
         inputs = around.transpose(1, 2).flatten(0, 1).double()           # (N, 9C)
         inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)  # and a bias
         outputs = (self.patches(images) - self.codebook[tokens]).flatten(0, 1).double()
@@ -144,7 +139,7 @@ def two_blocks(inputs, outputs):
     return nn.Sequential(ResidualBlock(inputs, outputs), ResidualBlock(outputs, outputs))
 
 def named(**modules):
-    """A Sequential whose parameters have the names of the release."""
+    """A Sequential with names instead of numbers."""
     return nn.Sequential(OrderedDict(modules))
 
 def encoder():
@@ -193,7 +188,7 @@ class MaskGITVQGAN(nn.Module):
         return torch.cat([self.decoder(part) for part in parts]).clamp(0, 1)
 
 def load(path, config=None, names=()):
-    """The tokenizer in a file, ours or the released one, with these sizes of the config."""
+    """The tokenizer in a file. Its sizes of these names must be as in config."""
     state = read_tensors(path)
     with reading(path, "holds no tokenizer"):
         if "quantize.embedding.weight" in state:
@@ -209,48 +204,48 @@ def load(path, config=None, names=()):
     return tokenizer.eval()
 
 def fit_tokenizer(config, images):
-    """The tokenizer that config names. "patch" is fitted to images() (B, 3, H, W)."""
+    """The tokenizer that config names: "patch" is fitted to images(), (B, 3, H, W)."""
     if config.tokenizer == "patch":
         return PatchTokenizer.fit(images(), config.grid_size, config.codebook_size)
     path = released_tokenizer() if config.tokenizer == "released" else config.tokenizer
     return load(path, config, ("grid_size", "codebook_size", "image_size"))
 
 def tokenizer_of(config, folder):
-    """The tokenizer of the weights in a folder: its tokenizer.pt, or else the released one."""
+    """The tokenizer of the weights in a folder: its tokenizer.pt, or the released one."""
     path = Path(folder, "tokenizer.pt")
     if not path.exists():
-        of_a_run = Path(folder, "config.json").exists()
-        if of_a_run or (config.grid_size, config.codebook_size) != (16, 1024):
-            raise UserError(f"there is no {path}: weights need the tokenizer.pt of their run")
+        sizes = config.grid_size, config.codebook_size
+        if Path(folder, "config.json").exists() or sizes != (16, 1024):
+            raise UserError(f"there is no {path}: copy the tokenizer.pt of the weights' run there")
         path = released_tokenizer(folder)
     return load(path, config, ("grid_size", "codebook_size"))
 
 # ---- 2. Photographs ------------------------------------------------------------------------------
 
-# Beyond this size Pillow warns that a picture may be a bomb. Here that is an error.
+# A huge picture may be a bomb. Pillow warns of it, we refuse it.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 def center_crop(image, size):
-    """The middle of a picture, (size, size, 3) uint8, as ADM cuts it.
-
-    A box filter halves it while the short side is twice too long. Then it is scaled bicubically.
-    """
+    """The middle of a picture, (size, size, 3) uint8, as ADM cuts it."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} is too long and narrow to enlarge")
+        raise ValueError("too long and narrow to enlarge")
     image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image)[top:top + size, left:left + size]
 
-CROPS = {"ten": 10, "flip": 2, "center": 1}  # and how many they make of a picture
+CROPS = {"ten": 10, "flip": 2, "center": 1}  # how many each makes of a picture
 
 def crop(image, size, kind):
-    """The crops (N, size, size, 3) uint8 of a picture: its middle, with its mirror image (flip), or
-    four corners and the middle of a square a tenth larger, and the same mirrored (ten)."""
+    """The crops (N, size, size, 3) uint8 of a picture.
+
+    "center" is its middle, and "flip" adds the mirror image. "ten" cuts a square that is a tenth
+    larger: four corners, the middle, and the mirror images of all.
+    """
     whole, corners = size, [(0, 0)]
     if kind == "ten":
         whole = int(1.1 * size)
@@ -260,70 +255,77 @@ def crop(image, size, kind):
     sides = [pixels] if kind == "center" else [pixels, pixels[:, ::-1]]
     return np.stack([side[y:y + size, x:x + size] for side in sides for y, x in corners])
 
-LAYOUT = "expected DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/val/CLASS/PICTURE"
-
 def class_folders(folder):
-    """The folders of the classes of a data set, sorted: those in its train/, if it has one."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "there is no such folder"
-        raise UserError(f"--data {folder}: {what}; {LAYOUT}")
-    root = folder / "train" if (folder / "train").is_dir() else folder
-    found = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    """The class folders of a data set, sorted: those in train/, if there is one."""
+    root = Path(folder, "train")
+    if not root.is_dir():
+        root = Path(folder)
+    found = sorted(path for path in root.glob("[!.]*") if path.is_dir())
     if not found:
-        raise UserError(f"--data {root} has no class folders; {LAYOUT}")
+        raise UserError(f"--data {folder}: expected DIR/CLASS/PICTURE or DIR/train/CLASS/PICTURE")
     return found
 
 def pictures_in(folder):
-    """The files below a folder that Pillow can read, by their names, sorted."""
+    """The files below a folder that have the name of a picture, sorted."""
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in readable)
 
 def labelled_pictures(folder):
     """Two lists of (class, path), to train on and held out: those in val/, or every twentieth."""
+    def labelled(folders):
+        return [(c, path) for c, each in enumerate(folders) for path in pictures_in(each)]
+
     folders, val = class_folders(folder), Path(folder, "val")
-    train = [(c, path) for c, each in enumerate(folders) for path in pictures_in(each)]
-    held_out = [(c, path) for c, each in enumerate(folders)
-                for path in pictures_in(val / each.name)]
-    if not val.is_dir():
-        train, held_out = [x for i, x in enumerate(train) if i % 20 != 19], train[19::20]
+    train = labelled(folders)
+    if val.is_dir():
+        held_out = labelled(val / each.name for each in folders)
+    else:
+        held_out = train[19::20]
+        del train[19::20]
     if not train or not held_out:
-        raise UserError(f"--data {folder}: {len(train)} pictures to learn from and {len(held_out)} "
-                        "held out; expected 20, or a val/ with class folders named as in train/")
+        raise UserError(f"--data {folder}: {len(train)} pictures to train on and {len(held_out)} "
+                        "held out; expected 20, or a val/ with the classes of train/")
     return train, held_out
 
 def read_picture(file, crops, size):
     """The crops (N, size, size, 3) uint8 of a picture file, or a text: why there are none.
 
-    Without crops, the picture as it is: (1, H, W, 3).
+    crops None means the whole picture (1, H, W, 3).
     """
     try:
         with Image.open(file) as image:
-            if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale them
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if crops is None:
                 return np.array(image.convert("RGB"))[None]
             return crop(image, size, crops)
-    except UnidentifiedImageError:
-        return "not a picture that Pillow can read"
-    except Exception as error:  # Pillow's decoders raise all kinds
+    except Exception as error:  # Pillow raises all kinds
         return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".split("\n")[0]
 
 def read_pictures(files, crops, size):
-    """Yield what read_picture makes of each file. Threads read them: Pillow frees the GIL."""
+    """Yield what read_picture makes of each file. Threads read ahead, for Pillow frees the GIL."""
+    upcoming = deque()
     with ThreadPoolExecutor() as pool:
-        upcoming = ()
-        for first in range(0, len(files) + 32, 32):  # the next 32 are read while these are used
-            ready, upcoming = upcoming, pool.map(
-                lambda file: read_picture(file, crops, size), files[first:first + 32])
-            yield from ready
+        for file in files:
+            upcoming.append(pool.submit(read_picture, file, crops, size))
+            if len(upcoming) > 32:
+                yield upcoming.popleft().result()
+        while upcoming:
+            yield upcoming.popleft().result()
+
+def read_all(files, crops, size):
+    """read_pictures, but a picture that can't be read is a UserError."""
+    for file, pixels in zip(files, read_pictures(files, crops, size)):
+        if isinstance(pixels, str):
+            raise UserError(f"{file}: {pixels}")
+        yield pixels
 
 def crop_images(files, size):
-    """The centre crops (N, 3, size, size) in [0, 1] of the files that can be read."""
+    """The centre crops (N, 3, size, size) of the files that can be read."""
     items = tqdm(read_pictures(files, "center", size), "reading", len(files), leave=False)
     crops = [item for item in items if not isinstance(item, str)]
     if not crops:
-        raise UserError(f"{files[0]}: neither this picture nor any other can be read")
+        raise UserError(f"{files[0]} and all others can't be read")
     return to_float(np.concatenate(crops))
 
 # ---- 3. Shapes -----------------------------------------------------------------------------------
@@ -333,31 +335,31 @@ SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 500
 GROUND = (22, 25, 37)
 COLOURS = ((240, 60, 70), (255, 220, 70), (20, 180, 110), (90, 110, 255))
 
-def _box(left, top, right, bottom):
+def box(left, top, right, bottom):
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
-def _polar(radii, angles):
+def polar(radii, angles):
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
 
-_TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-_CIRCLE = _polar(1, _TURN)
-_HEART = np.stack([16 * np.sin(_TURN) ** 3, 2 * np.cos(3 * _TURN) + np.cos(4 * _TURN)
-                   + 5 * np.cos(2 * _TURN) - 13 * np.cos(_TURN) - 2], 1) / 16
+TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+CIRCLE = polar(1, TURN)
+HEART = np.stack([16 * np.sin(TURN) ** 3, 2 * np.cos(3 * TURN) + np.cos(4 * TURN)
+                  + 5 * np.cos(2 * TURN) - 13 * np.cos(TURN) - 2], 1) / 16
 
-# A kind is some polygons within about [-1, 1]^2, y downwards, and perhaps a hole in them.
+# A kind is some polygons within about [-1, 1]^2, y downwards, and perhaps holes in them.
 SHAPES = {
-    "circle": [_CIRCLE],
-    "square": [_box(-0.9, -0.9, 0.9, 0.9)],
+    "circle": [CIRCLE],
+    "square": [box(-0.9, -0.9, 0.9, 0.9)],
     "triangle": [[(0, -1), (1.1, 0.9), (-1.1, 0.9)]],
-    "star": [_polar(np.tile([1.1, 0.45], 5), np.arange(10) * np.pi / 5 - np.pi / 2)],
-    "cross": [_box(-1, -0.33, 1, 0.33), _box(-0.33, -1, 0.33, 1)],
-    "ring": [_CIRCLE],
-    "heart": [_HEART],
-    "crescent": [_CIRCLE],
-    "arrow": [_box(-1, -0.3, 0.05, 0.3), [(0.05, -0.9), (1.1, 0), (0.05, 0.9)]],
-    "stripes": [_box(-1, y, 1, y + 0.4) for y in (-1, -0.2, 0.6)],
+    "star": [polar(np.tile([1.1, 0.45], 5), np.arange(10) * np.pi / 5 - np.pi / 2)],
+    "cross": [box(-1, -0.33, 1, 0.33), box(-0.33, -1, 0.33, 1)],
+    "ring": [CIRCLE],
+    "heart": [HEART],
+    "crescent": [CIRCLE],
+    "arrow": [box(-1, -0.3, 0.05, 0.3), [(0.05, -0.9), (1.1, 0), (0.05, 0.9)]],
+    "stripes": [box(-1, y, 1, y + 0.4) for y in (-1, -0.2, 0.6)],
 }
-HOLES = {"ring": 0.55 * _CIRCLE, "crescent": 0.9 * _CIRCLE + (0.55, -0.25)}
+HOLES = {"ring": [0.55 * CIRCLE], "crescent": [0.9 * CIRCLE + (0.55, -0.25)]}
 
 def draw_shape(index):
     """Picture number `index`, always the same: (32, 32, 3) uint8, of class index % 10."""
@@ -366,48 +368,44 @@ def draw_shape(index):
     room = SHAPES_SIZE / 2 - 1.1 * radius
     centre = SHAPES_SIZE / 2 + random.uniform(-room, room, size=2)
     colour = COLOURS[random.integers(len(COLOURS))]
-    # Edges are not smoothed: their blends of colours would use up most of a small codebook.
+    # Edges are not smoothed: blended colours would use up a small codebook.
     image = Image.new("RGB", (SHAPES_SIZE, SHAPES_SIZE), GROUND)
-    pen, name = ImageDraw.Draw(image), list(SHAPES)[index % len(SHAPES)]
+    name = list(SHAPES)[index % len(SHAPES)]
     polygons = [(points, colour) for points in SHAPES[name]]
-    if name in HOLES:
-        polygons.append((HOLES[name], GROUND))
+    polygons += [(points, GROUND) for points in HOLES.get(name, [])]
     for points, fill in polygons:
-        pen.polygon((centre + radius * np.asarray(points)).flatten().tolist(), fill=fill)
+        corners = centre + radius * np.asarray(points)                   # (N, 2)
+        ImageDraw.Draw(image).polygon(corners.flatten().tolist(), fill=fill)
     return np.asarray(image)
 
 # ---- 4. Data sets as tokens ----------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Data:
-    train: np.ndarray         # rows (N, 1 + T) uint16: the class, then the tokens in cell order
-    held_out: np.ndarray      # the same
+    train: np.ndarray     # rows (N, 1 + T) uint16: the class, then the tokens in cell order
+    held_out: np.ndarray  # the same
     tokenizer: nn.Module
-    images: float             # the number of pictures that the rows to train on were made of
+    images: float         # how many pictures the rows to train on were made of
 
 def class_names(data):
-    """The names of the classes of a data set, by number. Raises UserError if it is not there."""
     return tuple(SHAPES) if data == "shapes" else tuple(f.name for f in class_folders(data))
 
 def class_numbers(texts, config, source):
-    """The numbers of the classes that are named or numbered by `texts`; of all if None."""
-    known = {str(number): number for number in range(config.num_classes)}
-    known |= {name: number for number, name in enumerate(config.class_names)}
+    """The numbers of classes that are given as numbers or names. None means all."""
+    numbers = range(config.num_classes)
     if texts is None:
-        return list(range(config.num_classes))
+        return list(numbers)
+    known = {str(n): n for n in numbers} | dict(zip(config.class_names, numbers))
     for text in texts:
         if text not in known:
             raise UserError(f"--classes {text}: the model of {source} knows {', '.join(known)}")
     return [known[text] for text in texts]
 
 def open_data(config, folder, device, fit=False):
-    """The data set config.data as tokens, by the tokenizer.pt in the folder.
-
-    With fit that file is made first, in place of what a start that was broken off left there.
-    """
-    if len(class_names(config.data)) != config.num_classes:
-        raise UserError(f"--data {config.data} has {len(class_names(config.data))} classes, the "
-                        f"model {config.num_classes}")
+    """The Data of config.data, by the tokenizer.pt in the folder. With fit it is made first."""
+    classes = len(class_names(config.data))
+    if classes != config.num_classes:
+        raise UserError(f"--data {config.data} has {classes} classes, not {config.num_classes}")
     if config.crops not in CROPS:
         raise UserError(f"--crops {config.crops}: choose from {', '.join(CROPS)}")
 
@@ -419,8 +417,8 @@ def open_data(config, folder, device, fit=False):
         return tokenizer_of(config, folder).to(device)
 
     if config.data == "shapes":
-        numbers = tqdm(range(SHAPES_TRAIN + SHAPES_HELD_OUT), "drawing shapes", leave=False)
-        images = to_float(np.stack([draw_shape(i) for i in numbers]))    # (N, 3, 32, 32)
+        count = SHAPES_TRAIN + SHAPES_HELD_OUT
+        images = to_float(np.stack([draw_shape(i) for i in range(count)]))  # (N, 3, 32, 32)
         tokenizer = tokenizer_for(lambda: images[:SHAPES_TRAIN])
         tokens = [tokenizer.encode(part.to(device)).cpu() for part in images.split(500)]
         labels = np.arange(len(images)) % len(SHAPES)
@@ -428,25 +426,24 @@ def open_data(config, folder, device, fit=False):
         return Data(rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:], tokenizer, SHAPES_TRAIN)
 
     train, held_out = labelled_pictures(config.data)
-    held_out = held_out[::-(-len(held_out) // 500)]  # enough to tell losses apart
+    held_out = held_out[::-(-len(held_out) // 500)]  # at most 500
     enough = min(2000, 10**8 // (3 * config.image_size**2) + 1)
     some = [file for _, file in train[::-(-len(train) // enough)]]
     tokenizer = tokenizer_for(lambda: crop_images(some, config.image_size))
     name = Path(config.data).resolve().name
-    rows = encode_pictures(train, tokenizer, config.crops, device, f"{name}-train")
-    held_out_rows = encode_pictures(held_out, tokenizer, "center", device, f"{name}-held-out")
-    return Data(rows, held_out_rows, tokenizer, len(rows) / CROPS[config.crops])
+    train = encode_pictures(train, tokenizer, config.crops, device, f"{name}-train")
+    held_out = encode_pictures(held_out, tokenizer, "center", device, f"{name}-held-out")
+    return Data(train, held_out, tokenizer, len(train) / CROPS[config.crops])
 
 def encode_pictures(pictures, tokenizer, crops, device, name):
     """The rows of (class, picture file) pairs: all crops of a picture, then those of the next.
 
-    They are made once, in runs/tokens/, by all processes together. Each picture has its place in a
-    .part file, and a byte in a .marks file: 0 to do, 1 done, 2 left out. So a stopped program can
-    go on.
+    All processes make them once, in runs/tokens/. Each picture has its place in a .part file, and a
+    byte in a .marks file, which is 1 when it is done. So a stopped program can go on.
     """
-    files = [str(file) for _, file in pictures]
+    files = [file for _, file in pictures]
     sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in files]
-    about = json.dumps([crops, files, sizes, [c for c, _ in pictures]])
+    about = repr([crops, sizes, pictures])
     path = Path("runs/tokens", f"{name}-{digest(digest_of(tokenizer), about)[:12]}.npy")
     part, marks = path.with_suffix(".part"), path.with_suffix(".marks")
     shape = len(files), CROPS[crops], 1 + tokenizer.grid_size**2
@@ -454,47 +451,54 @@ def encode_pictures(pictures, tokenizer, crops, device, name):
         todo = not path.exists()
         if todo and RANK == 0:
             for each, size in ((part, 2 * math.prod(shape)), (marks, len(files))):
-                with writing(each), open(each, "ab") as file:
-                    file.truncate(size)
+                with writing(each):
+                    each.touch()
+                    os.truncate(each, size)
         wait_for_all()
-        missing = np.flatnonzero(np.fromfile(marks, np.uint8) == 0) if todo else []
+        missing = np.flatnonzero(~np.fromfile(marks, bool)) if todo else []
         wait_for_all()  # nobody writes before all have looked
         mine = missing[RANK::WORLD_SIZE]
         items = read_pictures([files[i] for i in mine], crops, tokenizer.image_size)
-        for i, item in zip(tqdm(mine, f"encoding {name}", unit=" pictures", leave=False), items):
-            mark = b"\2"
-            if not isinstance(item, str):
-                # Picture by picture, so that no batch can change a token by rounding.
-                tokens = tokenizer.encode(to_float(item, device)).cpu().numpy()
-                rows = np.insert(tokens, 0, pictures[i][0], axis=1).astype("<u2")
-                write_at(part, i * rows.nbytes, rows)
-                mark = b"\1"
-            write_at(marks, i, mark)
+        bad, few = [], max(10, len(files) // 1000)
+        for i, item in zip(tqdm(mine, f"encoding {name}", leave=False), items):
+            if isinstance(item, str):
+                bad.append(files[i])
+                check_few(bad, few)
+                continue
+            # Picture by picture, so that no batch can change a token by rounding.
+            tokens = tokenizer.encode(to_float(item, device)).cpu().numpy()
+            rows = np.insert(tokens, 0, pictures[i][0], axis=1).astype("<u2")
+            write_at(part, i * rows.nbytes, rows)
+            write_at(marks, i, b"\1")
         wait_for_all()
         if todo and RANK == 0:
-            pack_rows(path, part, marks, shape, files, crops, tokenizer.image_size)
+            done = np.fromfile(marks, bool)
+            good = np.flatnonzero(done)
+            bad = [files[i] for i in np.flatnonzero(~done)]
+            check_few(bad, min(few, len(files) - 1))
+            for file in bad:
+                print(f"left out {file}: {read_picture(file, crops, tokenizer.image_size)}")
+            rows = np.memmap(part, "<u2", "r", shape=shape)
+            with replacing(path) as beside, open(beside, "wb") as file:
+                write_array(file, len(good) * CROPS[crops], (rows[i] for i in good))
+            part.unlink()
+            marks.unlink()
         wait_for_all()
     with reading(path, "is damaged: remove it, and it is made again"):
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
-def pack_rows(path, part, marks, shape, files, crops, size):
-    """Write the token file of the pictures that are done, and name the others."""
-    done = np.fromfile(marks, np.uint8) == 1
-    bad = np.flatnonzero(~done)
-    for i in bad[:20]:
-        print(f"left out {files[i]}: {read_picture(files[i], crops, size)}")
-    if len(bad) > max(10, len(files) // 1000) or not done.any():
-        marks.unlink()  # they are looked at again
-        raise UserError(f"{len(bad)} of {len(files)} pictures can't be read, one of them "
-                        f"{files[bad[-1]]}: mend or remove them")
-    rows = np.memmap(part, "<u2", "r", shape=shape)
-    with replacing(path) as beside, open(beside, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {
-            "descr": "<u2", "fortran_order": False, "shape": (done.sum() * shape[1], shape[2])})
-        for some in np.array_split(np.flatnonzero(done), len(files) // 1000 + 1):
-            file.write(np.ascontiguousarray(rows[some]))
-    part.unlink()
-    marks.unlink()
+def check_few(bad, few):
+    if len(bad) > few:
+        raise UserError(f"{bad[0]} and {len(bad) - 1} others can't be read: remove them")
+
+def write_array(file, count, parts):
+    """Write an .npy of `count` rows part by part."""
+    for number, part in enumerate(parts):
+        if number == 0:
+            shape = (count, *part.shape[1:])
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": part.dtype.str, "fortran_order": False, "shape": shape})
+        file.write(np.ascontiguousarray(part))
 
 def write_at(path, place, data):
     with writing(path), open(path, "r+b") as file:
@@ -503,22 +507,19 @@ def write_at(path, place, data):
 
 # ---- 5. Pictures out -----------------------------------------------------------------------------
 
-COLUMNS = 20
-
 def to_float(pixels, device="cpu"):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [0, 1]. Trap: not in [-1, 1]."""
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
 
 def to_uint8(images):
-    """float (B, 3, H, W) -> uint8 (B, H, W, 3)"""
-    # Truncated, not rounded, as the authors do: the published FIDs were computed so.
+    """float (B, 3, H, W) -> uint8 (B, H, W, 3), not rounded, as for the published FIDs"""
     return (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 def save_grid(path, images, names):
     """A PNG of images (B, 3, H, W) in [0, 1], row by row, with a column for each name."""
     columns, header = len(names), 22
-    if columns > COLUMNS:
-        columns, names, header = COLUMNS, (), 0
+    if columns > 20:  # too narrow for names
+        columns, names, header = 20, (), 0
     gap, scale = 4, max(1, 80 // images.shape[2])
     cell = scale * images.shape[2] + gap
     rows = math.ceil(len(images) / columns)
@@ -535,25 +536,23 @@ def save_grid(path, images, names):
         sheet.save(beside, "PNG")
 
 def known_tokens(path, keep, tokenizer, device="cpu"):
-    """The tokens (T,) of the cells of a picture that lie within the pixels `keep`, else -1.
+    """The tokens (T,) of a picture's cells that lie within the pixels `keep`. Others are -1.
 
     Also returns two images (2, 3, H, W): the picture, and what is kept of it.
     """
     if path is None or keep is None:
-        raise UserError("--complete PICTURE needs --keep x0,y0,x1,y1, the pixels that stay, and "
-                        "--keep the picture")
+        raise UserError("--complete PICTURE and --keep X0,Y0,X1,Y1 need each other")
     size, grid = tokenizer.image_size, tokenizer.grid_size
-    cell, (x0, y0, x1, y1) = size // grid, keep
+    cell = size // grid
+    x0, y0, x1, y1 = keep
     cells = torch.zeros(grid, grid, dtype=torch.bool)
     cells[-(-y0 // cell):y1 // cell, -(-x0 // cell):x1 // cell] = True   # whole cells alone
     if cells.all() or not cells.any():
-        raise UserError(f"--keep {x0},{y0},{x1},{y1} keeps {cells.sum()} of {grid**2} cells of "
-                        f"{cell} pixels: keep some and leave some, of {size} x {size} pixels")
-    pixels = read_picture(path, "center", size)
-    if isinstance(pixels, str):
-        raise UserError(f"{path}: {pixels}")
+        raise UserError(f"--keep holds {cells.sum()} of {grid**2} cells of {cell} pixels: "
+                        "hold some, but not all")
+    [pixels] = read_all([path], "center", size)
     image = to_float(pixels)                                             # (1, 3, H, W)
-    # The rest is greyed first: an encoder looks beyond a cell, and must not see what is hidden.
+    # The rest becomes grey before it is encoded, for an encoder looks beyond a cell.
     seen = torch.where(cells.kron(torch.ones(cell, cell, dtype=torch.bool)), image, 0.5)
     tokens = tokenizer.encode(seen.to(device)).cpu()[0]
     return torch.where(cells.flatten(), tokens, -1), torch.cat([image, seen])
@@ -561,25 +560,23 @@ def known_tokens(path, keep, tokenizer, device="cpu"):
 def open_samples(out, folder, count, size, settings):
     """Where samples go: a path, a folder of numbered PNGs, and the numbers that this process makes.
 
-    The path is that folder, or a grid (.png) or an .npz that is put together in the end.
-    settings.json in the folder says how the PNGs were made. Others are not mixed with them.
+    A grid (.png) or an .npz is made of the PNGs in the end. settings.json says how they were made.
     """
     new = (Path(folder, f"samples-{n}.png") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in new if not path.exists())
-    is_folder = path.is_dir() or str(out).endswith(("/", os.sep))
-    is_grid = path.suffix == ".png" and not is_folder
-    many = "an .npz, or a folder with a / at its end"
-    if not is_folder and path.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {out}: name a .png for a grid, {many}")
-    if is_grid and count * max(size, 80)**2 > Image.MAX_IMAGE_PIXELS:
-        raise UserError(f"--out {path}: {count} are too many for a grid: name {many}")
-    store = path if is_folder else path.with_name(path.name + ".parts")
+    kind, store = path.suffix, Path(f"{path}.parts")
+    if path.is_dir() or str(out).endswith(("/", os.sep)):
+        kind, store = "folder", path
+    if kind not in ("folder", ".png", ".npz"):
+        raise UserError(f"--out {out}: name a .png for a grid, an .npz, or a folder/")
+    if kind == ".png" and count * max(size, 80)**2 > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"--out {path}: {count} are too many for a grid: name an .npz or a folder/")
     about = store / "settings.json"
-    if path.suffix == ".npz" and path.exists() and not about.exists():
-        raise UserError(f"--out {path} is there already: remove it, or name another")
+    if kind == ".npz" and path.exists() and not about.exists():
+        raise UserError(f"--out {path} is there already: remove it")
     there = {file.name for file in store.glob("*.png")}
     if there and not (about.exists() and read_json(about) == settings):
-        raise UserError(f"--out {store} was made with other settings: remove it, or name another")
+        raise UserError(f"--out {store} was made with other settings: remove it")
     wait_for_all()  # nobody writes before all have looked
     if RANK == 0:
         write_json(about, settings)
@@ -596,12 +593,11 @@ def save_samples(store, numbers, images):
         list(pool.map(write, numbers, to_uint8(images)))
 
 def pack_samples(path, store, count, names, before=None):
-    """Put the pictures together at `path`, unless that is their folder. In a grid, images
-    (N, 3, H, W) may come `before`."""
+    """Make the grid or .npz at `path`. In a grid, images (N, 3, H, W) may come `before`."""
     if path == store:
         return
     files = [store / f"{number:06}.png" for number in range(count)]
-    pictures = (read_picture(file, None, None) for file in files)        # each (1, H, W, 3)
+    pictures = read_all(files, None, None)                               # each (1, H, W, 3)
     if path.suffix == ".npz":
         write_npz(path, count, tqdm(pictures, "packing", count, leave=False))
     else:
@@ -610,20 +606,15 @@ def pack_samples(path, store, count, names, before=None):
             images, names = torch.cat([before, images]), ["picture", "kept", *names]
         save_grid(path, images, names)
     with contextlib.suppress(OSError):
-        for file in (*store.glob("*.png"), store / "settings.json"):  # last: a kill may come
+        for file in (*store.glob("*.png"), store / "settings.json"):  # settings last, for kills
             file.unlink()
         store.rmdir()
 
 def write_npz(path, count, parts):
-    """Write an .npz as numpy.savez does, arr_0 uint8 (N, H, W, 3), but piece by piece."""
+    """Write an .npz of `count` pictures that come in parts uint8 (N, H, W, 3)."""
     with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            for number, pixels in enumerate(parts):
-                if number == 0:
-                    np.lib.format.write_array_header_1_0(
-                        member, {"descr": "|u1", "fortran_order": False,
-                                 "shape": (count, *pixels.shape[1:])})
-                member.write(np.ascontiguousarray(pixels))
+            write_array(member, count, parts)
 
 # ---- 6. The command ------------------------------------------------------------------------------
 
@@ -632,21 +623,19 @@ def run(argv):
     command = parser.add_subparsers(required=True).add_parser(
         "reconstruct", help="pictures through the tokenizer and back")
     command.add_argument("pictures", nargs="+", help="files and folders")
-    command.add_argument("--out", required=True, type=Path, help="the .png or .npz file to write")
+    command.add_argument("--out", required=True, type=Path, help=".png or .npz to write")
     command.add_argument("--tokenizer", help="file or run folder [the released one]")
     command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda, if there is one]")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {args.out}: name a .png file to look at, or an .npz file to score")
+        raise UserError(f"--out {args.out}: name a .png to look at, or an .npz to score")
     device, _, _ = choose_device(args.device)
     path = Path(args.tokenizer or released_tokenizer())
     tokenizer = load(path / "tokenizer.pt" if path.is_dir() else path).to(device)
     files = [file for name in args.pictures for file in pictures_in(name) or [Path(name)]]
 
     def pairs():
-        for file, pixels in zip(files, read_pictures(files, "center", tokenizer.image_size)):
-            if isinstance(pixels, str):  # without it, this would be the score of another set
-                raise UserError(f"{file}: {pixels}")
+        for pixels in read_all(files, "center", tokenizer.image_size):
             tokens = tokenizer.encode(to_float(pixels, device))
             yield pixels, to_uint8(tokenizer.decode(tokens))
 
@@ -659,17 +648,14 @@ def run(argv):
     print(f"{args.out}: {len(files)} pictures by {path}")
 
 def main(argv=None):
-    """Run the command. Returns its exit code."""
     return exit_code(run, argv)
 
 # ---- 7. What all three programs need -------------------------------------------------------------
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that names the file or flag; exit code 2."""
+    """A mistake of the user: one line that names the file or flag. Exit code 2."""
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose flags can't be abbreviated."""
-
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
@@ -682,30 +668,27 @@ def positive(text):
     return int(text)
 
 def rectangle(text):
-    numbers = text.split(",")
-    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+    if not re.fullmatch(r"\d+,\d+,\d+,\d+", text):
         raise argparse.ArgumentTypeError(f"must be four numbers, such as 0,0,16,32, not {text}")
-    return [int(number) for number in numbers]
+    return [int(number) for number in text.split(",")]
 
 def exit_code(function, argv, interrupted="interrupted; the same command goes on"):
-    """Call function(argv). Returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Call function(argv). Returns 0, 2 for a user's mistake, or 130 for Ctrl-C."""
     try:
         function(argv)
         return 0
-    except UserError as error:
-        code, message = 2, f"error: {error}"
     except KeyboardInterrupt as error:
         code, message = 130, str(error) or interrupted
     except BrokenPipeError:  # whoever read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        code, message = 2, f"error: {error.filename}: {error.strerror}"
+    except (UserError, OSError) as error:
+        code, message = 2, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        # torch says it in other words on GPUs and on a CPU
+        # torch has other words for it on a CPU
         if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
             raise
-        code, message = 2, "error: out of memory: lower --micro-batch or --batch, or the model"
+        code, message = 2, "error: out of memory: lower --micro-batch or --batch"
     if RANK > 0:
         time.sleep(2)  # if rank 0 says the same, torchrun ends us first
         message = f"rank {RANK}: {message}"
@@ -713,15 +696,14 @@ def exit_code(function, argv, interrupted="interrupted; the same command goes on
     return code
 
 def choose_device(name, precision=None, on_cuda="float32"):
-    """The device, the precision of matrix products, and the autocast context that it takes."""
+    """The device, the precision of matrix products, and its autocast context."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use")
-    device = torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
+        raise UserError("--device cuda: torch finds no GPU")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
     precision = precision or (on_cuda if name == "cuda" else "float32")
     if precision == "tf32" and name == "cpu":
-        raise UserError("--precision tf32 exists on cuda alone")
-    # In bfloat16, too, the few products that stay float32 may use TF32.
+        raise UserError("--precision tf32 needs --device cuda")
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     # Trap: cuDNN's attention makes a plan for every length, of which sampling has T.
@@ -729,20 +711,20 @@ def choose_device(name, precision=None, on_cuda="float32"):
     return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
 
 def send(tensor, device):
-    """The tensor on the device. From pinned memory the copy keeps nobody waiting."""
+    """The tensor on the device. Nobody waits for a copy from pinned memory."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
-# Processes: torchrun starts them, and says in the environment who is who.
+# Processes, as torchrun starts them
 
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    int(os.environ.get(name, default))
-    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 @contextlib.contextmanager
 def processes(device):
-    """Join the processes of torchrun, if it started this one. Rank 0 alone talks."""
+    """Join the processes of torchrun, if there are any. Rank 0 alone talks."""
     if WORLD_SIZE == 1:
         yield
         return
@@ -750,17 +732,17 @@ def processes(device):
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    # Rank 0 may work alone for long. It is for torchrun to notice who has died.
+    # Rank 0 may work alone for long. torchrun notices who has died.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    with open(os.devnull, "w") as silence, contextlib.ExitStack() as stack:
-        if RANK > 0:
-            stack.enter_context(contextlib.redirect_stdout(silence))
-            stack.enter_context(contextlib.redirect_stderr(silence))
+    if RANK == 0:
         yield
-    dist.destroy_process_group()  # not after an error: the others would fail before it is told
+    else:
+        with open(os.devnull, "w") as silence:
+            with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+                yield
+    dist.destroy_process_group()  # not after an error, or the others would fail first
 
 def sum_over_processes(tensor):
-    """Add up a tensor over the processes, in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -769,11 +751,11 @@ def wait_for_all():
     sum_over_processes(torch.zeros(1))
 
 def in_any_process(signals):
-    return bool(sum_over_processes(torch.tensor(float(len(signals)))) > 0)
+    return sum_over_processes(torch.tensor(len(signals))).item() > 0
 
 @contextlib.contextmanager
 def noting_signals():
-    """Yield a list to which Ctrl-C, SIGTERM and SIGHUP are added. A second one strikes at once."""
+    """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one strikes at once."""
     noted, before = [], {}
 
     def note(number, frame):
@@ -792,16 +774,14 @@ def noting_signals():
 
 @contextlib.contextmanager
 def locked(path, busy=None):
-    """Keep other programs out by a lock file, which rank 0 holds for all processes. If another
-    program has it, wait, or raise UserError(busy)."""
-    with contextlib.ExitStack() as stack:
-        if RANK == 0:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(path, "ab"))
+    """Hold a lock file. If another program holds it, wait, or raise UserError(busy)."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+    with file:
+        if RANK == 0 and os.name == "posix":
             try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise UserError(busy) from None
         wait_for_all()
@@ -811,20 +791,19 @@ def locked(path, busy=None):
 
 @contextlib.contextmanager
 def writing(path):
-    """Turn what the disk refuses inside into a UserError that names the path."""
+    """Turn what the disk refuses into a UserError that names the path."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error  # torch.save makes a RuntimeError of a full disk, and of a CUDA error too
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
+        # torch.save turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 @contextlib.contextmanager
 def reading(path, wrong=None):
-    """Turn whatever a damaged file raises inside into a UserError that names the path."""
+    """Turn what a damaged file raises into a UserError that names the path."""
     try:
         yield
     except UserError:
@@ -832,14 +811,13 @@ def reading(path, wrong=None):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
-        why = f": {str(error) or type(error).__name__}" if wrong is None else f" {wrong}"
-        raise UserError(f"{path}{why}") from error
+        raise UserError(f"{path} {wrong}" if wrong else f"{path}: {error}") from error
 
 @contextlib.contextmanager
 def replacing(path, ending=".part"):
-    """Yield a path beside `path`, which is renamed to it when what is written there is whole."""
+    """Yield a path to write to. It is renamed to `path` when all is written."""
     path = Path(path)
-    beside = path.parent / (path.name + ending)  # with_name would refuse "."
+    beside = Path(f"{path}{ending}")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -847,7 +825,7 @@ def replacing(path, ending=".part"):
             os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            beside.unlink()
 
 def write_tensors(path, tensors):
     with replacing(path) as beside, open(beside, "wb") as file:  # a file says why it is full
@@ -858,35 +836,28 @@ def write_json(path, value):
         beside.write_text(json.dumps(value, indent=1) + "\n")
 
 def read_json(path):
-    """The JSON object in a file. Raises UserError if there is none."""
     with reading(path):
-        value = json.loads(Path(path).read_text())
-        if not isinstance(value, dict):
-            raise ValueError("expected a JSON object")
-        return value
+        return json.loads(Path(path).read_text())
 
 def read_tensors(path):
-    """The dictionary that torch.save wrote to a file. Nothing in the file is ever executed."""
-    with reading(path, "is not a PyTorch file of tensors, or it is damaged"):
+    """The dictionary that torch.save wrote to a file. Nothing in it is executed."""
+    with reading(path, "is not a dictionary of tensors by torch.save, or is damaged"):
         with zipfile.ZipFile(path) as archive:
-            if any(m.compress_type != zipfile.ZIP_STORED for m in archive.infolist()):
-                raise ValueError("torch.save compresses nothing, a bomb does")
-            if archive.testzip() is not None:  # torch.load does not look at checksums
-                raise ValueError("a checksum differs")
+            # torch.save compresses nothing, a bomb does. torch.load ignores checksums.
+            if any(member.compress_type for member in archive.infolist()) or archive.testzip():
+                raise ValueError
         value = torch.load(path, "cpu", weights_only=True, mmap=True)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no dictionary of tensors")
-    return value
+        if not isinstance(value, dict):
+            raise ValueError
+        return value
 
 def load_strictly(module, state, path):
-    """Copy a state dict into a module. Raises UserError for a name or shape that differs."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    for name in wanted | found:
-        here, there = found.get(name, "missing"), wanted.get(name, "none of that name")
-        if here != there:
-            raise UserError(f"{path} does not fit the model: {name} is {here}, expected {there}")
-    module.load_state_dict(state)
+    """Copy a state dict into a module. Names and shapes must agree."""
+    try:
+        module.load_state_dict(state)
+    except Exception as error:  # torch explains it in many lines
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit the model: {text}") from error
 
 def digest(*parts):
     """SHA-256 of arrays and texts."""
@@ -901,7 +872,7 @@ def digest_of(module):
 # Downloads
 
 RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
-RELEASED_MODELS = {  # and the SHA-256 of each
+RELEASED_MODELS = {  # file and SHA-256
     "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
     "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
     "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
@@ -909,7 +880,7 @@ RELEASED_MODELS = {  # and the SHA-256 of each
 }
 
 def fetch_released(model):
-    """The path of the weights of a released model, which are fetched once, with the tokenizer."""
+    """The path of a released model's weights. They and the tokenizer are fetched once."""
     if RANK == 0:
         released_tokenizer()
         fetch_hub("yucornetto/RAR", *RELEASED_MODELS[model])
@@ -917,42 +888,34 @@ def fetch_released(model):
     return fetch_hub("yucornetto/RAR", *RELEASED_MODELS[model])
 
 def released_tokenizer(*folders):
-    """The path of the released tokenizer: in these folders, where it may be, or fetched."""
+    """The path of the released tokenizer, which is fetched if need be."""
     for folder in (*folders, ".", torch.hub.get_dir()):
         if Path(folder, RELEASED).is_file():
             return Path(folder, RELEASED)
     return fetch_hub("fun-research/TiTok", RELEASED)
 
 def fetch_hub(repository, file, sha256=None):
-    """The path of a file of Hugging Face, or of the mirror that HF_ENDPOINT names."""
+    """The path of a file of Hugging Face, or of its mirror HF_ENDPOINT."""
     host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return fetch(f"{host.rstrip('/')}/{repository}/resolve/main/{file}", sha256)
 
 def fetch(url, sha256=None):
-    """The path of the file at a URL, which is downloaded once, into torch.hub's folder.
-
-    It must have this SHA-256. Where none is known, it must be a zip, as torch.save writes.
-    """
+    """The path of the file at a URL, which is downloaded once, into torch.hub's folder."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     if path.exists():
         return path
     with replacing(path, f".{os.getpid()}.part") as beside:  # two may download it at once
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(beside, "wb") as file:
-                size = response.length
-                bar = tqdm(desc=f"downloading {url}", total=size, unit="B", unit_scale=True)
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            if size is not None and beside.stat().st_size != size:
-                raise ValueError("the connection broke")
-            if sha256 is not None and digest(np.memmap(beside, mode="r")) != sha256:
-                raise ValueError(f"its SHA-256 is not {sha256}")
-            if sha256 is None and not zipfile.is_zipfile(beside):
-                raise ValueError("what came is not a PyTorch file")
+                with tqdm.wrapattr(file, "write", response.length, desc=url) as target:
+                    shutil.copyfileobj(response, target)
+            is_whole = zipfile.is_zipfile(beside)  # as torch.save writes
+            if sha256 is not None:
+                is_whole = digest(np.memmap(beside, mode="r")) == sha256
+            if not is_whole:
+                raise ValueError("what came is another file, or a part of it")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"cannot download {url}: {error}. Try again, or get the file some "
-                            f"other way and put it at {path}") from error
+            raise UserError(f"cannot download {url}: {error}; retry or put it at {path}") from error
     return path
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     torch.set_num_threads(1)  # so that the classifier is the same on every machine
     here = Path(__file__).parent
-    run = Path(sys.argv[1] if len(sys.argv) > 1 else tok.find_weights(None).parent)
+    run = Path(sys.argv[1] if len(sys.argv) > 1 else rar.find_weights(None).parent)
     checkpoint = run / "checkpoint-0000750.pt"
     draw_orders(run, checkpoint, here / "orders.png")
     first = tok.SHAPES_TRAIN

@@ -13,11 +13,14 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rar  # noqa: E402
@@ -38,20 +41,19 @@ def theirs(config):
 
 def sampling(config, ours, other, device, autocast):
     """Two functions: ours and theirs draw the tokens of a batch, guided."""
-    labels = torch.arange(config.batch, device=device) % config.num_classes
-    loop = rar.recorded(rar.draw_slots)
-
-    def our_batch():
-        with autocast:
-            rar.generate(ours.eval(), labels, config.scale, config.power, config.temperature,
-                         loop=loop)
+    labels = torch.arange(config.batch) % config.num_classes
+    with tempfile.TemporaryDirectory() as folder:  # on a CPU, load_model stores weights by columns
+        tok.write_tensors(Path(folder, "weights.pt"), ours.state_dict())
+        ours = rar.load_model(folder, {}, device)[0]
+    # One generator for all batches: on CUDA it records the second, and replays it from then on.
+    batches = rar.sample_tokens(ours, labels.repeat(9), config, autocast)
+    labels = labels.to(device)
 
     @torch.no_grad()
     def their_batch():
-        tok.choose_precision(device, "tf32" if device.type == "cuda" else "float32")
         other.eval().generate(labels, guidance_scale=config.scale, guidance_scale_pow=config.power,
                               randomize_temperature=config.temperature)
-    return our_batch, their_batch
+    return lambda: next(batches), their_batch
 
 def training(config, ours, other, device, autocast):
     """Two functions: ours and theirs make an update, at r = 1."""
@@ -59,15 +61,18 @@ def training(config, ours, other, device, autocast):
     rows = rng.integers(config.codebook_size, size=(10_000, 1 + config.grid_size**2))
     rows[:, 0] %= config.num_classes
     rows = rows.astype(np.uint16)
+    ours.to(device)
     our_optimizer = rar.make_optimizer(ours, config)
     their_optimizer = torch.optim.AdamW(other.parameters(), lr=config.lr, betas=config.betas,
                                         weight_decay=config.weight_decay, fused=True)
     other.set_random_ratio(1.0)
-    network = torch.compile(ours, disable=not config.compile)
+    if config.compile:  # as rar.train does
+        for block in ours.blocks:
+            block.before, block.after = torch.compile(block.before), torch.compile(block.after)
 
     def our_update():
         batch = rar.draw_batch(rows, config, 1)
-        rar.train_step(network.train(), our_optimizer, config, batch, 1, autocast)
+        rar.train_step(ours.train(), our_optimizer, config, batch, 1, autocast)
 
     def their_update():
         batch = torch.from_numpy(rows[:config.batch].astype(np.int64)).to(device)
@@ -81,6 +86,17 @@ def training(config, ours, other, device, autocast):
         their_optimizer.zero_grad()
     return our_update, their_update
 
+def timed(function, device):
+    """Seconds of a call, the median of three after one to warm up, and on CUDA one to record."""
+    seconds = []
+    for _ in tqdm(range(5 if device.type == "cuda" else 4), "timing", leave=False):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds[-3:])[1]
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("clone", help="folder of bytedance/1d-tokenizer")
@@ -92,8 +108,10 @@ def main():
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
     sys.path.insert(0, args.clone)
-    device = tok.choose_device(None)
-    precision = args.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    device, precision, autocast = tok.choose_device(None, args.precision, "bfloat16")
+    name = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     config = dataclasses.replace(rar.PRESETS[args.model], batch=args.batch, compile=args.compile,
                                  micro_batch=args.batch)
     torch.manual_seed(0)
@@ -103,16 +121,15 @@ def main():
     other = theirs(config)
     other.load_state_dict(ours.state_dict())
     other.to(device)
-    if args.what == "sample":
-        ask, ours = sampling, rar.on_device(ours, device)
-    else:
-        ask, ours = training, ours.to(device)
-    our, their = ask(config, ours, other, device, tok.choose_precision(device, precision))
-    their_seconds = rar.timed(their, device)
-    tok.choose_precision(device, precision)
-    our_seconds = rar.timed(our, device)
+    ask = sampling if args.what == "sample" else training
+    our, their = ask(config, ours, other, device, autocast)
+    if args.what == "sample":  # theirs as released
+        tok.choose_device(None, None, "tf32")
+    their_seconds = timed(their, device)
+    tok.choose_device(None, precision)
+    our_seconds = timed(our, device)
     result = {"what": args.what, "model": args.model, "batch": args.batch, "precision": precision,
-              "device": tok.device_name(device), "torch": torch.__version__,
+              "device": name, "torch": torch.__version__,
               "our_images_per_second": args.batch / our_seconds,
               "their_images_per_second": args.batch / their_seconds,
               "ratio": their_seconds / our_seconds}

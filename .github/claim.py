@@ -78,7 +78,7 @@ def prepare(source):
         config = dataclasses.replace(rar.PRESETS["tiny"], num_classes=len(names),
                                      class_names=names, data=data_of(kind, source), **sizes)
         made = (HOME / "tokenizer.pt").exists()
-        tok.open_data(config, HOME, CPU, None if made else lambda: None)  # nobody else is here
+        tok.open_data(config, HOME, CPU, fit=not made)
     if not (HOME / "classifier.pt").exists():
         train_judge(source, FEW, tok.load(HOME / "tokenizer.pt"), HOME / "classifier.pt")
 
@@ -108,7 +108,7 @@ def score(source, name):
     folder = HOME / name
     judge, photos, _ = load_judge(source, HOME / "classifier.pt")
     tokenizer = tok.load(HOME / "tokenizer.pt")
-    data = tok.open_data(tok.read_config(folder, rar.Config()), folder, CPU)
+    data = tok.open_data(rar.read_config(folder, rar.Config()), folder, CPU)
     result = {"held-out nearest": float(nearest(data.held_out[:, 1:], data.train[:, 1:]).mean())}
     for order in ("raster", "random") if "-1-1-" in name else ("raster",):
         def judged(scale, seed, count):
