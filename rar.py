@@ -6,15 +6,15 @@
     python rar.py sample             draws new pictures with the newest run
     python rar.py eval               its bits per token on held-out pictures
 
-A tokenizer (tokenizer.py) cuts a picture into a grid of patches and replaces each by a token: the
-number of the entry in a codebook that stands for such a patch. A transformer learns to predict the
-tokens one after the other, as a language model predicts words. New pictures are drawn from it.
+A tokenizer (tokenizer.py) replaces each patch of a picture by a token: the number of the codebook
+entry that stands for such a patch. A transformer learns to predict the tokens one by one, as a
+language model predicts words. New pictures are drawn from it.
 
-In which order? Row by row ("raster"), a token is predicted from what is above it and to its left,
-and nothing else. Random orders teach a model to use context from all sides, but there are too many
-of them to master. So RAR starts with random orders and ends with raster order: r, the probability
-of a random order, is annealed from 1 to 0. The paper's FID, where lower is better, is 3.08 with
-raster order alone, 3.01 with random orders alone, and 2.18 with annealing (Table 2).
+In which order? Row by row ("raster"), a token is predicted only from what is above it and to its
+left. Random orders teach a model to use context from all sides, but there are too many to master.
+So RAR starts with random orders and ends with raster order: r, the probability of a random order,
+is annealed from 1 to 0. The paper's FID, where lower is better, is 3.08 with raster order alone,
+3.01 with random orders alone, and 2.18 with annealing (Table 2).
 
     r = 1 ----------------.
                             ' .
@@ -23,11 +23,11 @@ raster order alone, 3.01 with random orders alone, and 2.18 with annealing (Tabl
 
 One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order
 [2, 0, 1, 3] for cell 1. The model has seen the same in both, so it could only answer the same. A
-second position embedding, the target-aware one, tells it which cell is next. Once there is one
-order, the present cell tells the next, and the embedding adds nothing.
+second position embedding, the target-aware one, tells it the next cell. Once the order is fixed, it
+adds nothing.
 
 A cell is a place in the picture, a slot is a place in the sequence, and x_c is the token of cell c.
-This is the sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
+The sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (nothing follows x_1)
@@ -36,16 +36,14 @@ This is the sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
     row of timesteps_...          0        1        2        3        4      (the slot)
     predicts                      -       x_2      x_0      x_3      x_1
 
-Part I is RAR at its simplest: 1 orders, 2 model, 3 sampling, 4 training. Part II is the program: 5
-sampling with a cache, 6 training that can be stopped and shared by GPUs, 7 settings, 8 commands, 9
-scan orders and the fast path on GPUs.
+Part I is the method: 1 orders, 2 model, 3 sampling, 4 training. Part II is the program: 5 sampling
+with a cache, 6 training that resumes, 7 settings, 8 commands, 9 scan orders and CUDA graphs.
 
 Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
 """
 
 import math
-from collections import OrderedDict
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -53,13 +51,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-# ---- Part I: RAR ---------------------------------------------------------------------------------
-# ---- 1. Orders: random at first, then less and less ----------------------------------------------
-
+# ---- Part I: RAR ----
+# ---- 1. Orders: random at first, then less and less ----
 def randomness(step, start, end):
-    """r, the probability that a sample of update `step` gets a random order (Section 3.2): 1 before
-    update `start`, 0 from `end` on, a line between. The paper has 125,000 and 187,500 of 250,000.
-    """
+    """r in update `step`: 1 before `start`, 0 from `end` on, a line between (Section 3.2)."""
     if step < start:
         return 1.0
     if step >= end:
@@ -67,34 +62,25 @@ def randomness(step, start, end):
     return (end - step) / (end - start)
 
 def sample_orders(batch, length, r, order=None, rng=None):
-    """An order for each sample, random with probability r, else `order` (T,), by default raster.
-
-    Returns int64 (B, T): [b, i] is the cell that comes i-th in sample b.
-    """
-    if rng is None:
-        rng = np.random.default_rng()
-    if order is None:
-        order = np.arange(length)
+    """Orders (B, T): [b, i] is the cell that comes i-th in sample b. Each is random with
+    probability r, else `order` (T,), by default raster."""
+    rng = rng or np.random.default_rng()
+    order = np.arange(length) if order is None else np.asarray(order)
     is_random = rng.random((batch, 1)) < r
-    # Where the numbers go when noise is sorted is a random permutation.
+    # The places of sorted noise are a random permutation.
     permutations = rng.random((batch, length)).argsort(axis=1)
-    return torch.from_numpy(np.where(is_random, permutations, np.asarray(order)))
+    return torch.from_numpy(np.where(is_random, permutations, order))
 
-# ---- 2. The model: a causal transformer. Parameters have the names of the released weights -------
-
-def causal(q, k, v, dropout=0.0):
+# ---- 2. The model: a causal transformer. Parameters have the names of the released weights ----
+def causal(q, k, v, dropout):
     """Attention of each slot to itself and the slots before it. All (B, H, S, D/H)."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
 
 class Block(nn.Module):
     """A transformer block with adaLN, the adaptive LayerNorm of DiT.
 
     A linear layer maps class + slot embedding to six vectors, the modulation: a shift and a scale
-    for the input of attention, a gate for its output, and the same for the MLP.
-    """
+    for the input of attention, a gate for its output, and the same for the MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -108,156 +94,143 @@ class Block(nn.Module):
             "k_norm": nn.LayerNorm(head_width, eps=1e-6),
             "proj": nn.Linear(D, D)})
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(D, config.mlp_width),
-            gelu=nn.GELU(),
-            drop1=nn.Dropout(config.dropout),
-            fc2=nn.Linear(config.mlp_width, D),
-            drop2=nn.Dropout(config.dropout)))
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(D, config.mlp_width), "fc2": nn.Linear(config.mlp_width, D)})
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, modulation, attend=causal):
         """(B, S, D) -> (B, S, D), under modulation (B, S, 6D)."""
-        dropout = self.dropout.p if self.training else 0.0
-        attended = attend(*self.before(x, modulation), dropout)
+        q, k, v = self.before(x, modulation)
+        attended = attend(q, k, v, self.dropout.p if self.training else 0.0)
         return self.after(x, attended, modulation)
 
     def before(self, x, modulation):
-        """What comes before attention: queries, keys and values (B, H, S, D/H)."""
+        """Before attention: queries, keys and values (B, H, S, D/H)."""
         shift, scale = modulation.chunk(6, dim=-1)[:2]                   # (B, S, D) each
-        x = modulate(self.norm1(x), shift, scale)
+        x = self.norm1(x) * (1 + scale) + shift
         qkv = self.attn.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, S, 3, H, D/H)
         q, k, v = qkv.unbind(2)
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def after(self, x, attended, modulation):
-        """What comes after attention: the output (B, S, D)."""
+        """After attention: the output (B, S, D)."""
         gate1, shift, scale, gate2 = modulation.chunk(6, dim=-1)[2:]
         attended = attended.transpose(1, 2).flatten(2)                   # (B, S, D)
         x = x + gate1 * self.dropout(self.attn.proj(attended))
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift, scale))
+        hidden = F.gelu(self.mlp.fc1(self.norm2(x) * (1 + scale) + shift))
+        return x + gate2 * self.dropout(self.mlp.fc2(self.dropout(hidden)))
 
 class RAR(nn.Module):
     """p(picture | class) as a product over its tokens, in any order of the cells.
 
     Rows of `embeddings`: 0 .. V-1 are the tokens, V is unused, V + 1 + c is class c, and the last
-    is "no class". Slot 0 predicts nothing. It is there because the released weights have it.
-    """
+    is "no class". Slot 0 predicts nothing. It is here because the released weights have it."""
 
     def __init__(self, config):
         super().__init__()
-        D, T, self.config = config.width, config.grid_size**2, config
+        self.config, self.first_class = config, config.codebook_size + 1
+        D, T = config.width, config.grid_size**2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
-        # As long as the released tables. The first T + 2 rows are used.
+        # As long as the released tables: T + 2 rows are used.
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.adaln_before_head = nn.ModuleDict(
-            {"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))})
+        modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+        self.adaln_before_head = nn.ModuleDict({"adaLN_modulation": modulation})
         self.lm_head = nn.Linear(D, config.codebook_size)
 
         std = 0.02 * max(1.0, math.sqrt(768 / D))  # with 0.02, narrow models learn far too slowly
-        for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
-            nn.init.trunc_normal_(table, std=std)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        for layer in self.modulation_layers():  # with gates of 0, blocks add nothing at first
-            nn.init.zeros_(layer[1].weight)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1 and name != "cls_token":
+                nn.init.trunc_normal_(parameter, std=std)
+            # With gates of 0, blocks add nothing at first.
+            if "adaLN_modulation" in name or name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens, labels, orders):
         """Logits (B, T, V), of which [b, i] predicts tokens[b, orders[b, i]].
 
-        tokens (B, T) in cell order; labels (B,), num_classes meaning "no class"; orders (B, T).
-        """
+        tokens (B, T) in cell order; labels (B,), num_classes meaning "no class"; orders (B, T)."""
         in_order = tokens.gather(1, orders)
         held = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
         x = held + self.places(orders)                                   # (B, T + 1, D)
-        condition = self.condition(labels, 0, x.shape[1])                # the same shape
+        condition = self.condition(labels, 0, x.shape[1])
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
         modulation = self.adaln_before_head.adaLN_modulation(condition)
-        return self.head(x, modulation)[:, 1:]                           # without slot 0
+        return self.head(x, modulation)[:, 1:]  # without slot 0
 
     def prompt(self, labels):
         """What slots 0 and 1 hold: (B, 2, D)."""
         cls = self.cls_token.expand(len(labels), 1, -1)
-        return torch.cat([cls, self.class_embedding(labels)], dim=1)
-
-    def class_embedding(self, labels):  # (B,) -> (B, 1, D)
-        return self.embeddings(self.config.codebook_size + 1 + labels)[:, None]
+        return torch.cat([cls, self.embeddings(self.first_class + labels)[:, None]], dim=1)
 
     def places(self, orders):
         """Both position embeddings of all slots: (B, T + 1, D)."""
-        rows = 2 + orders                                                # in the tables
+        rows = 2 + orders
         first_two = self.pos_embed[:, :2].expand(len(orders), -1, -1)
         others = F.embedding(rows[:, :-1], self.pos_embed[0])
-        places = torch.cat([first_two, others], dim=1)                   # (B, T + 1, D)
+        places = torch.cat([first_two, others], dim=1)
         if self.config.target_aware:  # slot 1 predicts the first cell of the order
             places[:, 1:] += F.embedding(rows, self.target_aware_pos_embed[0])
         return places
 
     def condition(self, labels, start, stop):
         """What adaLN is told in slots start .. stop - 1: (B, S, D)."""
-        # Trap: "timesteps" are slots. They are neither cells nor, as in diffusion, noise levels.
-        return self.class_embedding(labels) + self.timesteps_embeddings[:, start:stop]
+        # Trap: "timesteps" are slots, neither cells nor, as in diffusion, noise levels.
+        slots = self.timesteps_embeddings[:, start:stop]
+        return self.embeddings(self.first_class + labels)[:, None] + slots
 
     def modulation_layers(self):
-        """The layers that make modulations: one for each block, and the head's."""
+        """The layers that make modulations: each block's, and the head's."""
         return [part.adaLN_modulation for part in (*self.blocks, self.adaln_before_head)]
 
     def head(self, x, modulation):
         """Logits (B, S, V) of x (B, S, D), under modulation (B, S, 2D)."""
         scale, shift = modulation.chunk(2, dim=-1)  # Trap: here scale comes before shift.
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-        return self.lm_head(modulate(x, shift, scale))
+        return self.lm_head(x * (1 + scale) + shift)
 
 def training_loss(model, tokens, labels, orders):
     """The mean cross entropy in nats, and the fraction of tokens predicted right."""
     logits = model(tokens, labels, orders)                               # (B, T, V)
-    targets = tokens.gather(1, orders)                                   # (B, T), ordered as logits
+    targets = tokens.gather(1, orders)                                   # (B, T)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.argmax(-1) == targets).float().mean()
 
-# ---- 3. Sampling, slowly -------------------------------------------------------------------------
-
+# ---- 3. Sampling, slowly ----
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1).
 
     With logits c given the class and u without it, a token is drawn from u + g (c - u). A larger g
     makes pictures more typical and less varied. It rises from 1 to `scale`, later with a larger
-    power; with power 0 it is `scale` throughout.
-    """
+    power; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature) by uniforms (B,) in [0, 1).
 
-    A token is the first whose cumulative probability exceeds the uniform. Each picture has its own
-    uniforms, so the batch can't change it, as it would with torch.multinomial.
-    """
+    A token is the first whose cumulative probability exceeds the uniform. With torch.multinomial, a
+    picture would depend on its batch."""
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
     cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
-    # The last sum is 1 but for rounding. Scaled by it, a uniform is always exceeded.
+    # Rounding may leave the last sum below 1, so uniforms are scaled by it.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
     """Draw the tokens (B, T), in cell order, of pictures of classes labels (B,).
 
-    uniforms and orders are (B, T): [b, i] decides draw i of picture b. The whole sequence runs for
-    each token. Attention is causal, so those that are not drawn yet (0) change nothing.
-    """
+    uniforms and orders are (B, T): [b, i] decides draw i of picture b. Each draw runs the whole
+    sequence. Attention is causal, so tokens that are not drawn yet (0) change nothing."""
     no_class = torch.full_like(labels, model.config.num_classes)
     tokens = torch.zeros_like(orders)
-    for t in tqdm(range(orders.shape[1]), "sampling", leave=False):
+    for t in range(orders.shape[1]):
         logits = model(tokens, labels, orders)[:, t]                     # (B, V)
         if scale != 0:  # 0 is no guidance
             g = guidance_weight(t, orders.shape[1], scale, power)
@@ -267,8 +240,7 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
         tokens.scatter_(1, orders[:, t:t + 1], token[:, None])
     return tokens
 
-# ---- 4. Training, plainly ------------------------------------------------------------------------
-
+# ---- 4. Training, plainly ----
 def learning_rate(step, steps, warmup, peak, floor):
     """A line from 0 to `peak` at update `warmup`, then half a cosine to `floor` at `steps`."""
     if step < warmup:
@@ -277,29 +249,26 @@ def learning_rate(step, steps, warmup, peak, floor):
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 def make_optimizer(model, config):
-    """AdamW, with weight decay for the parameters that the authors decay."""
-    decayed, others = [], []
+    """AdamW, with weight decay where the authors have it."""
+    decayed = {"params": [], "weight_decay": config.weight_decay}
+    others = {"params": [], "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
         # Trap: adaln_before_head has an "ln" in its name, blocks.*.adaLN_modulation has none.
-        if parameter.ndim < 2 or "ln" in name or "embed" in name:
-            others.append(parameter)
-        else:
-            decayed.append(parameter)
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": config.weight_decay},
-                              {"params": others, "weight_decay": 0.0}],
-                             betas=config.betas, fused=True)
+        is_spared = parameter.ndim < 2 or "ln" in name or "embed" in name
+        group = others if is_spared else decayed
+        group["params"].append(parameter)
+    return torch.optim.AdamW([decayed, others], betas=config.betas, fused=True)
 
 @lru_cache(maxsize=2)  # 12.8 million rows take 0.7 s
 def shuffled(count, seed, number):
-    """The rows 0 .. count - 1 in the order in which pass `number` visits them."""
+    """The order in which pass `number` visits the rows 0 .. count - 1."""
     return np.random.default_rng((seed, number, 1)).permutation(count)
 
 def whole_batch(rows, config, step, order=None):
-    """What update `step` learns from, of rows (N, 1 + T): a class, then the tokens in cell order.
+    """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order.
 
-    Returns tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. They follow
-    from the seed and the step alone, so a run can be stopped and go on.
-    """
+    Returns tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. All follow
+    from seed and step, so a run can be stopped and go on."""
     B, steps = config.batch, config.steps
     passes, index = np.divmod(step * B + np.arange(B), len(rows))
     for number in np.unique(passes):
@@ -309,7 +278,7 @@ def whole_batch(rows, config, step, order=None):
     labels, tokens = batch[:, 0], batch[:, 1:]
 
     rng = np.random.default_rng((config.seed, step))
-    # Guidance needs a model without class to compare with, so some samples lose their class.
+    # Guidance compares with a model without class, so some samples lose theirs.
     labels[rng.random(B) < config.label_dropout] = config.num_classes
     r = randomness(step, config.anneal[0] * steps, config.anneal[1] * steps)
     orders = sample_orders(B, tokens.shape[1], r, order, rng)
@@ -327,7 +296,7 @@ def update(model, optimizer, config, step):
     return norm, lr
 
 def train_plainly(model, rows, config):
-    """Make all updates of a training on rows (N, 1 + T) of integers."""
+    """Make all updates of a training on rows (N, 1 + T)."""
     optimizer = make_optimizer(model, config)
     for step in tqdm(range(config.steps), "training"):
         tokens, labels, orders, _, _ = whole_batch(rows, config, step)
@@ -335,10 +304,8 @@ def train_plainly(model, rows, config):
         loss.backward()
         update(model, optimizer, config, step)
 
-# ---- Part II: the program ------------------------------------------------------------------------
-
+# ---- Part II: the program ----
 import argparse
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -346,37 +313,30 @@ import re
 import sys
 from pathlib import Path
 
-from torch.nn.parallel import DistributedDataParallel
-
 import tokenizer as tok
 from tokenizer import UserError
 
-# ---- 5. Sampling with a cache: the same tokens, but each slot runs once --------------------------
-
+# ---- 5. Sampling with a cache: the same tokens, but each slot runs once ----
 AHEAD = 32  # slots whose modulations are made together
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
-    """Draw the tokens (B, T), in cell order, of pictures of classes labels (B,).
-
-    uniforms and orders are as in generate_slowly, by default random and raster. known (B, T), in
-    cell order, holds tokens that stay, or -1. Scale 0 or 1 is no guidance. Without known tokens
-    nothing is read back from the device, so that a GPU can record it all (section 9).
-    """
+    """As generate_slowly, with a cache. uniforms and orders are random and raster by default. known
+    (B, T), in cell order, holds tokens that stay, or -1. Scale 0 or 1 is no guidance."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
-    if orders is None:
-        orders = torch.arange(T, device=device)
     if uniforms is None:
         uniforms = torch.rand(B, T, device=device)
+    if orders is None:
+        orders = torch.arange(T, device=device)
     orders = orders.expand(B, T)
     drawn, K = torch.full_like(orders, -1), 0                            # in slot order
-    if known is not None:
-        drawn = known.gather(1, orders)
+    if known is not None:  # reads something back, which CUDA graphs can't record
+        drawn = known.to(device).expand(B, T).gather(1, orders)
         come_first = (drawn >= 0).all(dim=0).int().cumprod(0)            # (T,), in all pictures
         K = min(int(come_first.sum()), T - 1)
 
-    # With guidance every picture is two sequences: all with their class, then all without. Row i of
-    # `classes` is the class of picture i. The last row, "no class", is there once for all.
+    # With guidance every picture is two sequences: all with their class, then all without, which
+    # share the last row of `classes`.
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])
     row, copies = torch.arange(B, device=device), 1
     if scale not in (0, 1):
@@ -394,17 +354,16 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
             modulations = (layer(condition)[row] for layer in layers)
         else:  # run slot t + 1, which holds the newest token
             first = t + 1
-            x = model.embeddings(token).repeat(copies, 1)[:, None]
-            # Modulations do not depend on tokens: those of the next slots are made together.
+            x = model.embeddings(drawn[:, t - 1]).repeat(copies, 1)[:, None]
             ahead = (t - K - 1) % AHEAD
-            if ahead == 0:
+            if ahead == 0:  # modulations do not depend on tokens: make those of the next slots
                 tables = None  # or two sets of them would be in memory
                 condition = model.condition(classes, first, first + AHEAD)
                 tables = [layer(condition) for layer in layers]          # (B + 1, AHEAD, 6D or 2D)
             modulations = (table[row, ahead, None] for table in tables)
         x = x + places[:, first:t + 2].repeat(copies, 1, 1)              # (copies * B, S, D)
         for block, cache in zip(model.blocks, caches):
-            x = block(x, next(modulations), attention_with(cache, first, T + 1))
+            x = block(x, next(modulations), partial(attend_cached, cache, first, T + 1))
         with torch.autocast(device.type, enabled=False):  # guidance would amplify rounding
             logits = model.head(x[:, -1:], next(modulations)[:, -1:].float())[:, 0]
 
@@ -413,35 +372,32 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
             g = guidance_weight(t, T, scale, power)
             logits = unconditional + g * (conditional - unconditional)   # (B, V)
         token = draw(logits, temperature, uniforms[:, t])
-        token = torch.where(drawn[:, t] >= 0, drawn[:, t], token)
-        drawn[:, t] = token
+        drawn[:, t] = torch.where(drawn[:, t] < 0, token, drawn[:, t])
     return torch.empty_like(drawn).scatter_(1, orders, drawn)
 
-def attention_with(cache, first, slots):
-    """Attention of the slots from `first` on to themselves and to those before, in a cache."""
-    def attend(q, k, v, dropout):
-        stop = first + k.shape[2]
-        if first == 0:  # room for all slots; autocast makes k float32, but not v
-            shape = (*k.shape[:2], slots, k.shape[3])
-            cache["k"], cache["v"] = v.new_empty(shape), v.new_empty(shape)
-        cache["k"][:, :, first:stop] = k
-        cache["v"][:, :, first:stop] = v
-        # From slot 0 on, each sees those before it. Later there is one slot, and it sees all.
-        return F.scaled_dot_product_attention(
-            q, cache["k"][:, :, :stop], cache["v"][:, :, :stop], is_causal=first == 0)
-    return attend
+def attend_cached(cache, first, slots, q, k, v, dropout):
+    """Attention of the slots from `first` on to themselves and to the cached slots before."""
+    stop = first + k.shape[2]
+    if first == 0:  # room for all slots; autocast makes k float32, but not v
+        cache["both"] = v.new_empty(2, *v.shape[:2], slots, v.shape[3])
+    keys, values = cache["both"][:, :, :, :stop]
+    keys[:, :, first:] = k
+    values[:, :, first:] = v
+    # After the prompt there is one slot, and it sees all.
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=first == 0)
 
 def image_uniforms(seed, numbers, length):
-    """Uniforms (B, length) that follow from the seed and the number of each picture alone."""
+    """Uniforms (B, length) that depend on the seed and each picture's number alone."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
 def image_orders(config, numbers, known=None):
-    """The orders (B, T) of pictures. Cells whose token is known (T,), and not -1, come first."""
+    """The orders (B, T) of pictures. Cells whose token is known, not -1, come first."""
     T = config.grid_size**2
-    orders = scan_order(config.order, config.grid_size).expand(len(numbers), T)
     if config.order == "random":  # the first T uniforms of a picture decide its draws
         orders = image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1, stable=True)
+    else:
+        orders = scan_order(config.order, config.grid_size).expand(len(numbers), T)
     if known is not None:
         is_open = (known[orders] < 0).int()
         orders = orders.gather(1, is_open.argsort(dim=1, stable=True))   # sorted: 0 before 1
@@ -450,40 +406,34 @@ def image_orders(config, numbers, known=None):
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     """Yield, batch by batch, the numbers (B,) of pictures and their tokens (B, T).
 
-    Picture i has class labels[i], and depends on weights, seed, settings and i alone. numbers are
-    those to draw, by default all. known (T,), in cell order, holds tokens all are given, or -1.
-    """
+    Picture i depends on labels[i], weights, settings and i alone. numbers are those to draw, by
+    default all. known (T,) holds tokens that all are given, or -1."""
     device = model.cls_token.device
+    numbers = range(len(labels)) if numbers is None else numbers
 
     def draw_all(labels, uniforms, orders):
-        given = None if known is None else known.to(device).expand_as(orders)
         with autocast:
             return generate(model, labels, config.scale, config.power, config.temperature,
-                            uniforms=uniforms, orders=orders, known=given)
+                            uniforms=uniforms, orders=orders, known=known)
 
     if device.type == "cuda" and known is None:
         draw_all = recorded(draw_all)
-    numbers = range(len(labels)) if numbers is None else numbers
-    batches = range(0, len(numbers), config.micro_batch)
-    for start in tqdm(batches, "sampling", unit=" batches", leave=False):
+    for start in tqdm(range(0, len(numbers), config.micro_batch), "sampling", leave=False):
         part = list(numbers[start:start + config.micro_batch])
         uniforms = image_uniforms(config.seed, part, config.grid_size**2)
         inputs = labels[part], uniforms, image_orders(config, part, known)
         yield torch.tensor(part), draw_all(*[x.to(device) for x in inputs])
 
-# ---- 6. Training: the same updates, resumable, on any number of GPUs -----------------------------
-
+# ---- 6. Training: the same updates, resumable, on any number of GPUs ----
 def draw_batch(rows, config, step, rank=0, processes=1):
-    """The share of process `rank` in a whole_batch. Every process draws all of it."""
+    """The share of process `rank` in a whole_batch."""
     *batch, r = whole_batch(rows, config, step, scan_order(config.order, config.grid_size))
     mine = slice(rank * config.batch // processes, (rank + 1) * config.batch // processes)
     return *[x[mine] for x in batch], r
 
 def train_step(network, optimizer, config, batch, step, autocast):
-    """Make one update with what draw_batch returned. network is the model, or DDP around it.
-
-    Returns the figures of the log, as tensors: reading them would keep the device waiting.
-    """
+    """Make one update of the model (or DDP around it) with what draw_batch returned. Returns
+    what is logged, as tensors: reading them would keep the device waiting."""
     tokens, labels, orders, seeds, r = batch
     device, sums = next(network.parameters()).device, 0
     processes = config.batch // len(tokens)
@@ -492,15 +442,12 @@ def train_step(network, optimizer, config, batch, step, autocast):
         torch.manual_seed(int(seeds[start]))
         inputs = [tok.send(x[start:stop], device) for x in (tokens, labels, orders)]
         fraction = len(inputs[0]) / config.batch
-        exchange = contextlib.nullcontext()
-        if processes > 1 and stop < len(tokens):
-            exchange = network.no_sync()  # gradients are exchanged with the last micro-batch
-        with exchange:
-            with autocast:
-                loss, accuracy = training_loss(network, *inputs)
-            # DDP averages gradients over processes. We want their sum, because each loss is
-            # already divided by the global batch.
-            (loss * fraction * processes).backward()
+        # As DDP.no_sync does it: only the last micro-batch exchanges gradients.
+        network.require_backward_grad_sync = stop >= len(tokens)
+        with autocast:
+            loss, accuracy = training_loss(network, *inputs)
+        # DDP averages gradients. We want their sum, as each loss is a fraction of the batch's.
+        (loss * fraction * processes).backward()
         sums = sums + fraction * torch.stack([loss.detach(), accuracy])
     norm, lr = update(network, optimizer, config, step)
     loss, accuracy = tok.sum_over_processes(sums)
@@ -509,10 +456,11 @@ def train_step(network, optimizer, config, batch, step, autocast):
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
     """Bits per token and accuracy on rows (N, 1 + T), in the final order and in random orders."""
-    result, rows = {}, torch.from_numpy(rows.astype(np.int64))
+    rows, result = torch.from_numpy(rows.astype(np.int64)), {}
     order = scan_order(config.order, config.grid_size)
     for name, r in (("final_order", 0), ("random_order", 1)):
-        orders, sums = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0)), 0
+        rng, sums = np.random.default_rng(0), 0
+        orders = sample_orders(len(rows), len(order), r, order, rng)
         for part in torch.arange(len(rows)).split(config.micro_batch):
             inputs = [x[part].to(model.cls_token.device) for x in (rows[:, 1:], rows[:, 0], orders)]
             with autocast:
@@ -522,31 +470,29 @@ def evaluate(model, rows, config, autocast):
     return result
 
 def train(config, folder, device, autocast):
-    """Make the updates that the run in `folder` still lacks."""
+    """Make the updates that a run still lacks. Its folder has config.json, tokenizer.pt, log.jsonl,
+    previews, weights.pt to sample from, and checkpoints to go on from."""
     torch.manual_seed(config.seed)
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
-    done = load_checkpoint(folder, config, model, optimizer)
+    done = resume(folder, config, model, optimizer)
     if config.init and done == 0:
         load_init(model, config.init)
     data = tok.open_data(config, folder, device, fit=done == 0)
-    if tok.RANK == 0:
-        start_files(folder, config, done)
     network = model
     if tok.WORLD_SIZE > 1:
-        network = DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                          find_unused_parameters=not config.target_aware)
+        network = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=not config.target_aware)
     if config.compile:  # all but attention, which alone knows lengths
         for block in model.blocks:
             block.before, block.after = torch.compile(block.before), torch.compile(block.after)
 
     annealing_starts = math.ceil(config.anneal[0] * config.steps)
-    bar = tqdm(total=config.steps, initial=done, desc="training", unit=" updates")
+    bar = tqdm(range(done, config.steps), "training", config.steps, initial=done)
     with bar, tok.noting_signals() as signals:
-        for step in range(done, config.steps):
+        for step in bar:
             batch = draw_batch(data.train, config, step, tok.RANK, tok.WORLD_SIZE)
             figures = train_step(network.train(), optimizer, config, batch, step, autocast)
-            bar.update()
 
             done = step + 1
             stopping = tok.in_any_process(signals)
@@ -556,8 +502,8 @@ def train(config, folder, device, autocast):
                 line = {"step": done} | {name: float(value) for name, value in figures.items()}
                 line["passes"] = done * config.batch / data.images
                 if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                    raise UserError(f"update {done}: the loss is {line['loss']}. Checkpoints are "
-                                    "good. Try a lower --lr or --precision float32")
+                    raise UserError(f"the loss of update {done} is {line['loss']}: try --precision "
+                                    "float32 or a lower --lr")
                 bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}".format(**line))
             if milestone and tok.RANK == 0:
                 line |= evaluate(model.eval(), data.held_out, config, autocast)
@@ -570,8 +516,8 @@ def train(config, folder, device, autocast):
                 save_checkpoint(folder, done, model, optimizer, annealing_starts)
             if stopping:
                 raise KeyboardInterrupt(f"stopped; {folder} is saved, the same command goes on")
-    print(f"{folder} is finished. Look at {folder / f'step-{config.steps:06}.png'}\n"
-          f"next: python rar.py sample --weights {folder}")
+    print(f"{folder} is finished. Look at {folder}/step-{config.steps:06}.png, then try\n"
+          f"python rar.py sample --weights {folder}")
 
 def in_words(config, result):
     return (f"held-out {result['final_order_bits']:.3f} bits/token in {config.order} order, "
@@ -579,17 +525,15 @@ def in_words(config, result):
 
 def save_preview(folder, done, model, data, config, autocast):
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
-    images = [data.tokenizer.decode(tokens).cpu()                        # (B, 3, H, W)
-              for _, tokens in sample_tokens(model.eval(), labels, config, autocast)]
+    batches = sample_tokens(model, labels, config, autocast)
+    images = [data.tokenizer.decode(tokens).cpu() for _, tokens in batches]
     tok.save_grid(folder / f"step-{done:06}.png", torch.cat(images), config.class_names)
-
-# A run is a folder with config.json, tokenizer.pt, log.jsonl, previews, weights.pt to sample from,
-# and checkpoints to go on from: the last two, and the one where annealing starts.
 
 def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
 
 def save_checkpoint(folder, done, model, optimizer, annealing_starts):
+    """Write one, and keep the last two and the one where annealing starts."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     state = {"updates": done, "model": weights, "optimizer": optimizer.state_dict()}
     tok.write_tensors(folder / f"checkpoint-{done:07}.pt", state)
@@ -598,72 +542,59 @@ def save_checkpoint(folder, done, model, optimizer, annealing_starts):
         if path.name != f"checkpoint-{annealing_starts:07}.pt":
             path.unlink(missing_ok=True)
 
-def load_checkpoint(folder, config, model, optimizer):
+def resume(folder, config, model, optimizer):
     """Load the newest checkpoint, if there is one. Returns the number of updates it has had."""
-    found, weights = checkpoints(folder), folder / "weights.pt"
-    if not found and weights.exists():
+    found, weights, log = checkpoints(folder), folder / "weights.pt", folder / "log.jsonl"
+    done = 0
+    if found:
+        for name, old in vars(read_config(folder, config)).items():
+            if old != getattr(config, name) and name not in FREE:
+                raise UserError(f"{folder} has {flag_of(name)} {old}: name another --out")
+        state = tok.read_tensors(found[0])
+        with tok.reading(found[0], "is not the checkpoint of a run"):
+            done = state["updates"]
+            optimizer.load_state_dict(state["optimizer"])
+            tok.load_strictly(model, state["model"], found[0])
+        if tok.RANK == 0:  # a kill may have come between the two files
+            tok.write_tensors(weights, state["model"])
+    elif weights.exists():
         raise UserError(f"{weights} has no checkpoint to go on from: name another --out")
-    if not found:
-        return 0
-    for name, old in vars(read_config(folder, config)).items():
-        if old != getattr(config, name) and name not in FREE:
-            raise UserError(f"{folder} holds a run with {flag_of(name)} {old}, not "
-                            f"{getattr(config, name)}: name another --out")
-    state = tok.read_tensors(found[0])
-    with tok.reading(found[0], "is not the checkpoint of a run"):
-        done, state_of_model = state["updates"], state["model"]
-        optimizer.load_state_dict(state["optimizer"])
-    tok.load_strictly(model, state_of_model, found[0])
-    if tok.RANK == 0:  # a kill may have come between the two files
-        tok.write_tensors(weights, state_of_model)
-    return done
-
-def start_files(folder, config, done):
-    """Write the config, and cut the log after update `done`: what follows is made again."""
-    tok.write_json(folder / "config.json", dataclasses.asdict(config))
-    log = folder / "log.jsonl"
-    if log.exists():
+    if tok.RANK == 0:
+        tok.write_json(folder / "config.json", dataclasses.asdict(config))
+    if tok.RANK == 0 and log.exists():  # what follows the checkpoint is made again
         lines = [text for text in log.read_text().splitlines(True) if text.endswith("}\n")]
         with tok.replacing(log) as beside:
             beside.write_text("".join(x for x in lines if json.loads(x)["step"] <= done))
+    return done
 
-# ---- 7. Settings ---------------------------------------------------------------------------------
-
+# ---- 7. Settings ----
 FREE = ("micro_batch", "compile", "log_every", "save_every", "scale", "power", "temperature")
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
 @dataclasses.dataclass
 class Config:
-    """The settings of a run. Defaults are RAR-B's (Tables 1, 4 and 6). All but two are flags, and
-    their comments are the help texts."""
-    # These follow from the data.
+    """The settings of a run, by default RAR-B's (Tables 1, 4 and 6). The first two follow from the
+    data. The others are flags, and their comments are the help texts."""
     num_classes: int = 1000
     class_names: tuple = ()
-    # The data
     data: str = "shapes"  # shapes, or a folder of class folders
     image_size: int = 256  # pixels a side
     crops: str = "ten"  # of a photograph: ten, flip (it and its mirror image) or center
     tokenizer: str = "patch"  # patch (fitted to the data), released (fetched), or a file
     grid_size: int = 16  # cells a side
     codebook_size: int = 1024  # number of different tokens
-    # The network
     width: int = 768  # channels of a token
     depth: int = 24  # number of blocks
     heads: int = 16  # number of attention heads
     mlp_width: int = 3072  # hidden channels of an MLP
     dropout: float = 0.1  # fraction of activations set to 0; a short run needs none
-    init: str = ""  # weights to start from, in place of random ones
-    # The method
+    init: str = ""  # weights to start from
     anneal: tuple = (0.5, 0.75)  # r falls from 1 to 0 between these fractions of training
     target_aware: bool = True  # tell each slot which cell it predicts
     label_dropout: float = 0.1  # fraction of samples trained without class, for guidance
-    # The optimisation
-    steps: int = 250_000  # number of updates; the paper's 400 epochs
+    steps: int = 250_000  # number of updates
     batch: int = 2048  # samples of an update, over all processes
-    lr: float = 4e-4  # AdamW's learning rate after the warm-up
+    lr: float = 4e-4  # learning rate after the warm-up
     min_lr: float = 1e-5  # learning rate at the end
     warmup: float = 0.25  # fraction of training in which the learning rate rises
     weight_decay: float = 0.03  # AdamW's weight decay
@@ -700,7 +631,7 @@ class Config:
 
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 
-PRESETS = {
+PRESETS = {  # micro-batches are for 80 GB
     "tiny": Config(  # for the shapes
         width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
         codebook_size=192, num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3,
@@ -708,7 +639,6 @@ PRESETS = {
     "small": Config(  # for photographs without a GPU
         width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=500,
         batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
-    # The micro-batches are meant for 80 GB.
     "RAR-S": Config(depth=12, micro_batch=128),  # sampled as B: no settings are published
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
@@ -718,27 +648,15 @@ PRESETS = {
                       scale=8.0, power=1.2, temperature=1.02),
 }
 
-def add_flags(command, names):
-    for name in names:
-        default = getattr(Config, name)
-        first = default[0] if isinstance(default, tuple) else default
-        options = {"type": type(first)}
-        if isinstance(default, tuple):
-            options["nargs"] = len(default)
-        if isinstance(default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        command.add_argument(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 def read_config(folder, default):
-    """The Config in the config.json of a folder; the default if there is none."""
     path = folder / "config.json"
-    if not path.exists():
-        return default
     with tok.reading(path):
-        return Config(**tok.read_json(path))
+        return Config(**tok.read_json(path)) if path.exists() else default
 
-# ---- 8. Commands ---------------------------------------------------------------------------------
-
+# ---- 8. Commands ----
 def train_command(args, knobs, device, autocast):
     data = knobs.get("data", "shapes")
     names = tok.class_names(data)
@@ -754,10 +672,9 @@ def train_command(args, knobs, device, autocast):
     scan_order(config.order, config.grid_size)  # a wrong name is refused before a folder is made
     if config.batch % tok.WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is not a multiple of {tok.WORLD_SIZE} processes")
-    print(f"{data}, {len(names)} classes: --model {preset}, {config.image_size} pixels, "
-          f"--tokenizer {config.tokenizer}, --crops {config.crops}")
+    print(f"{data}: --model {preset} --image-size {config.image_size} --crops {config.crops}")
     folder = Path(args.out or f"runs/{Path(data).resolve().name}-{preset}")
-    with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait for it"):
+    with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
 
 def sample_command(args, knobs, device, autocast):
@@ -769,7 +686,7 @@ def sample_command(args, knobs, device, autocast):
     known = before = None
     if args.complete or args.keep:
         known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
-    final = read_config(folder, config).order
+    final = read_config(folder, Config()).order
     order = image_orders(config, [0], known)[0]                          # (T,)
     if config.anneal[0] < 1 and not order.equal(scan_order(final, config.grid_size)):
         print(f"these weights were annealed to {final} order and are worse at others: take the "
@@ -778,15 +695,14 @@ def sample_command(args, knobs, device, autocast):
     settings = {name: getattr(config, name) for name in SAMPLING} | {
         "classes": classes, "precision": args.precision, "weights": tok.digest_of(model),
         "tokenizer": tok.digest_of(tokenizer), "known": None if known is None else known.tolist()}
-    path, store, missing = tok.open_samples(
-        args.out, folder, count, tokenizer.image_size, settings)
+    path, store, missing = tok.open_samples(args.out, folder, count, tokenizer.image_size, settings)
     for numbers, tokens in sample_tokens(model, labels, config, autocast, missing, known):
         tok.save_samples(store, numbers.tolist(), tokenizer.decode(tokens))
     tok.wait_for_all()
     if tok.RANK == 0:
+        names = config.class_names or range(config.num_classes)
         columns = labels.tolist() if args.complete else classes
-        names = [config.class_names[c] if config.class_names else c for c in columns]
-        tok.pack_samples(path, store, count, names, before)
+        tok.pack_samples(path, store, count, [names[c] for c in columns], before)
     print(f"{path}: {count:,} pictures by {args.weights or folder}, seed {config.seed}")
 
 def eval_command(args, knobs, device, autocast):
@@ -796,11 +712,8 @@ def eval_command(args, knobs, device, autocast):
     print(f"{folder}, {len(data.held_out):,} pictures: {in_words(config, result)}")
 
 def load_model(path, knobs, device):
-    """The model of a weights file, a checkpoint or a run (None: the newest), its Config and folder.
-
-    Sizes are read off the weights. Other settings come from knobs, from the config.json beside the
-    weights, or from the preset of that size.
-    """
+    """The model of find_weights(path), its Config and folder. Sizes are read off the weights. Other
+    settings come from knobs, the config.json beside the weights, or the preset of that size."""
     path = find_weights(path)
     checkpoint = tok.read_tensors(path)
     state = checkpoint.get("model", checkpoint)
@@ -818,64 +731,68 @@ def load_model(path, knobs, device):
         knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random so far: any will do
     model = RAR(dataclasses.replace(config, **sizes, **knobs))
     tok.load_strictly(model, state, path)
-    if device.type == "cpu":  # for a few rows, a CPU reads matrices stored by columns faster
+    if device.type == "cpu":  # which reads matrices stored by columns faster for a few rows
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data = module.weight.data.T.contiguous().T
     return model.to(device).eval(), model.config, path.parent
 
 def find_weights(path):
-    """The path of the weights meant by a file, a run, a released model's name, or None."""
+    """The weights file meant by a path, a run, a released model's name, or None: the newest run."""
     if path in tok.RELEASED_MODELS:
         return tok.fetch_released(path)
-    runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda file: file.stat().st_mtime)
-    if path is None and not runs:
-        raise UserError("runs/ holds no run: make one with python rar.py train, or name --weights")
-    path = Path(path or runs[-1])
-    path = path / "weights.pt" if path.is_dir() else path
+    if path is None:
+        runs = Path("runs").glob("*/weights.pt")
+        path = max(runs, key=lambda file: file.stat().st_mtime, default="runs")
+    path = Path(path, "weights.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
+        raise UserError(f"there is no weights file {path}: make one with python rar.py train")
     return path
 
 def load_init(model, path):
     """Start from other weights. If they know other classes, their embeddings stay random."""
-    path = find_weights(path)
-    state, own, name = tok.read_tensors(path), model.state_dict(), "embeddings.weight"
-    state = state.get("model", state)
-    if name in state and state[name].shape != own[name].shape:
+    other, config, _ = load_model(path, {}, torch.device("cpu"))
+    state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
+    if config.num_classes != model.config.num_classes and config.width == table.shape[1]:
         print(f"{path} knows other classes: their embeddings start anew")
-        first = model.config.codebook_size + 1
-        state[name] = torch.cat([state[name][:first], own[name][first:].cpu()])
+        known = state["embeddings.weight"][:other.first_class]
+        state["embeddings.weight"] = torch.cat([known, table[len(known):]])
     tok.load_strictly(model, state, path)
+
+def add_flags(command, function, names, on_cuda="tf32"):
+    """Give a command its function and flags: fields of Config, --device and --precision."""
+    command.set_defaults(function=function, on_cuda=on_cuda)
+    for name in names:
+        default = getattr(Config, name)
+        options = {"type": type(default)}
+        if isinstance(default, tuple):
+            options = {"type": float, "nargs": len(default)}
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        command.add_argument(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
+    command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda, if there is one]")
+    command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
+                         help=f"of matrix products [{on_cuda} on cuda, else float32]")
 
 def run(argv):
     parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train a model")
-    train.add_argument("--model", choices=PRESETS, help="preset of what stands below in brackets "
-                       "for RAR-B [by the data: tiny for the shapes]")
+    train.add_argument("--model", choices=PRESETS, help="preset of the settings [by the data]")
     train.add_argument("--out", help="folder to train in, or to go on in [runs/DATA-MODEL]")
     sample = commands.add_parser("sample", help="draw pictures")
     sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
     sample.add_argument("--count", type=tok.positive, help="pictures [5 of each class]")
-    sample.add_argument("--out", help="a .png for a grid, an .npz, or a folder with a / at its end "
-                        "for a PNG each [a new grid in the folder of the run]")
+    sample.add_argument("--out", help="X.png for a grid, X.npz, or X/ for a PNG each [a new grid]")
     sample.add_argument("--complete", metavar="PICTURE", help="draw what --keep does not keep")
     sample.add_argument("--keep", type=tok.rectangle, metavar="X0,Y0,X1,Y1",
                         help="pixels of the square that is cut from the picture's middle")
     evaluation = commands.add_parser("eval", help="held-out bits per token and accuracy")
+    add_flags(train, train_command, HELP, "bfloat16")
+    add_flags(sample, sample_command, [*SAMPLING, "micro_batch"])
+    add_flags(evaluation, eval_command, ["data", "order", "micro_batch"])
     for command in (sample, evaluation):
-        command.add_argument("--weights", help="weights file, run folder, or released model: "
-                             f"{', '.join(tok.RELEASED_MODELS)} [the newest run]")
-    for command, function, names, on_cuda in (
-            (train, train_command, HELP, "bfloat16"),
-            (sample, sample_command, [*SAMPLING, "micro_batch"], "tf32"),
-            (evaluation, eval_command, ["data", "order", "micro_batch"], "tf32")):
-        add_flags(command, names)
-        command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda, if there is one]")
-        command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
-                             help=f"of matrix products [{on_cuda} on cuda, else float32]")
-        command.set_defaults(function=function, on_cuda=on_cuda)
+        command.add_argument("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
     sample.set_defaults(seed=1, micro_batch=64)  # seed 0 would draw the preview again
 
     args = parser.parse_args(argv)
@@ -885,32 +802,30 @@ def run(argv):
         args.function(args, knobs, device, autocast)
 
 def main(argv=None):
-    """Run a command. Returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     return tok.exit_code(run, argv)
 
-# ---- 9. Scan orders, and the fast path on GPUs ---------------------------------------------------
-
+# ---- 9. Scan orders, and the fast path on GPUs ----
 @lru_cache
 def scan_order(name, grid_size):
     """The cells (T,) in the order in which a scan of Fig. 6 visits them; cell = row * N + column.
 
-    The pictures tell when each cell of 4x4 has its turn.
+    These pictures tell when each cell of 4x4 has its turn. spiral_out is spiral_in backwards.
+
+          raster         alternate       spiral_in       subsample        z_curve
+        0  1  2  3      0  1  2  3      0 11 10  9      0  4  1  5      0  1  4  5
+        4  5  6  7      7  6  5  4      1 12 15  8      8 12  9 13      2  3  6  7
+        8  9 10 11      8  9 10 11      2 13 14  7      2  6  3  7      8  9 12 13
+       12 13 14 15     15 14 13 12      3  4  5  6     10 14 11 15     10 11 14 15
     """
     N, half = grid_size, (grid_size + 1) // 2
     grid = np.arange(N * N).reshape(N, N)
     orders = {"raster": grid.flatten()}
 
-    #  0  1  2  3    every second row from right to left
-    #  7  6  5  4
-    #  8  9 10 11
-    # 15 14 13 12
+    # Every second row from right to left
     rows = [row[::-1] if number % 2 else row for number, row in enumerate(grid)]
     orders["alternate"] = np.concatenate(rows)
 
-    #  0 11 10  9    down the left side; then take it away, and turn what is left
-    #  1 12 15  8
-    #  2 13 14  7
-    #  3  4  5  6
+    # Down the left side; then take it away, and turn what is left
     spiral, rest = [], grid.T
     while rest.size:
         spiral.extend(rest[0])
@@ -918,23 +833,17 @@ def scan_order(name, grid_size):
     orders["spiral_in"] = np.array(spiral)
     orders["spiral_out"] = np.array(spiral[::-1])
 
-    #  0  4  1  5    the first cell of each quarter, then the second of each, and so on
-    #  8 12  9 13
-    #  2  6  3  7
-    # 10 14 11 15
-    orders["subsample"] = np.array([
-        grid[row, column] for y in range(half) for x in range(half)
-        for row in (y, y + half) for column in (x, x + half) if row < N and column < N])
+    # The first cell of each quarter, then the second of each: sorted by place, then by quarter
+    row, column = np.divmod(np.arange(N * N), N)
+    keys = row % half, column % half, row // half, column // half
+    orders["subsample"] = np.lexsort(keys[::-1])  # Trap: the last key counts most.
 
-    #  0  1  4  5    quarter by quarter, and each of them quarter by quarter
-    #  2  3  6  7
-    #  8  9 12 13
-    # 10 11 14 15
+    # Quarter by quarter, and each of them quarter by quarter
     def z_curve(part):
         if part.size < 2:
             return part.flatten()
-        y, x = (part.shape[0] + 1) // 2, (part.shape[1] + 1) // 2
-        quarters = part[:y, :x], part[:y, x:], part[y:, :x], part[y:, x:]
+        halves = np.array_split(part, 2)
+        quarters = [quarter for x in halves for quarter in np.array_split(x, 2, axis=1)]
         return np.concatenate([z_curve(quarter) for quarter in quarters])
     orders["z_curve"] = z_curve(grid)
 
@@ -943,19 +852,17 @@ def scan_order(name, grid_size):
     return torch.from_numpy(orders[name])
 
 def recorded(function):
-    """A function of tensors as a CUDA graph: small kernels run faster than Python starts them.
-
-    The first call with some shapes just runs, which warms up the libraries. The second is recorded,
-    and later ones replay it. Inputs and output of a recording have fixed places in memory.
-    """
-    called, graphs = set(), {}
+    """A function of tensors as a CUDA graph: small kernels run faster than Python starts them. With
+    new shapes, the first call just runs, to warm up the libraries. The second is recorded, and
+    later ones replay it. The recording has fixed places in memory for inputs and output."""
+    graphs = {}
 
     def run(*inputs):
         key = tuple(x.shape for x in inputs)
-        if key not in called:
-            called.add(key)
-            return function(*inputs)
         if key not in graphs:
+            graphs[key] = None
+            return function(*inputs)
+        if graphs[key] is None:
             held, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads
                 graphs[key] = graph, held, function(*held)

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 def nearest(vectors, codes):
     """The number of the nearest code (V, C) to each vector (..., C): int64 (...)."""
-    # |v - c|^2 without |v|^2, which is the same for all codes
+    # |v - c|^2 without |v|^2, the same for all codes
     return ((codes**2).sum(1) - 2 * vectors @ codes.T).argmin(-1)
 
 class PatchTokenizer(nn.Module):
@@ -93,7 +93,8 @@ class PatchTokenizer(nn.Module):
         # Codes start from different patches, or all would start from the empty one.
         distinct = np.unique(patches, axis=0)
         if len(distinct) < codebook_size:
-            raise UserError(f"--codebook-size: there are only {len(distinct)} different patches")
+            raise UserError(f"--codebook-size {codebook_size}: there are but {len(distinct)} "
+                            "different patches")
         codebook = random.permutation(distinct)[:codebook_size]
         for _ in tqdm(range(20), "fitting the tokenizer", leave=False):
             codebook, _ = kmeans2(patches, codebook, iter=1, minit="matrix")
@@ -257,6 +258,8 @@ def crop(image, size, kind):
 
 def class_folders(folder):
     """The class folders of a data set, sorted: those in train/, if there is one."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--data {folder}: there is no such folder")
     root = Path(folder, "train")
     if not root.is_dir():
         root = Path(folder)
@@ -268,7 +271,8 @@ def class_folders(folder):
 def pictures_in(folder):
     """The files below a folder that have the name of a picture, sorted."""
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in readable)
+    return sorted(Path(root, file) for root, _, files in os.walk(folder, followlinks=True)
+                  for file in files if Path(file).suffix.lower() in readable)
 
 def labelled_pictures(folder):
     """Two lists of (class, path), to train on and held out: those in val/, or every twentieth."""
@@ -299,6 +303,8 @@ def read_picture(file, crops, size):
             if crops is None:
                 return np.array(image.convert("RGB"))[None]
             return crop(image, size, crops)
+    except UnidentifiedImageError:
+        return "not a picture that Pillow can read"
     except Exception as error:  # Pillow raises all kinds
         return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".split("\n")[0]
 
@@ -459,11 +465,12 @@ def encode_pictures(pictures, tokenizer, crops, device, name):
         wait_for_all()  # nobody writes before all have looked
         mine = missing[RANK::WORLD_SIZE]
         items = read_pictures([files[i] for i in mine], crops, tokenizer.image_size)
-        bad, few = [], max(10, len(files) // 1000)
+        bad, few = [], min(max(10, len(files) // 1000), len(files) - 1)
         for i, item in zip(tqdm(mine, f"encoding {name}", leave=False), items):
             if isinstance(item, str):
-                bad.append(files[i])
-                check_few(bad, few)
+                bad.append(f"{files[i]}: {item}")
+                if len(bad) > few:
+                    raise UserError(f"{len(bad)} pictures can't be read: remove them; {bad[-1]}")
                 continue
             # Picture by picture, so that no batch can change a token by rounding.
             tokens = tokenizer.encode(to_float(item, device)).cpu().numpy()
@@ -474,10 +481,8 @@ def encode_pictures(pictures, tokenizer, crops, device, name):
         if todo and RANK == 0:
             done = np.fromfile(marks, bool)
             good = np.flatnonzero(done)
-            bad = [files[i] for i in np.flatnonzero(~done)]
-            check_few(bad, min(few, len(files) - 1))
-            for file in bad:
-                print(f"left out {file}: {read_picture(file, crops, tokenizer.image_size)}")
+            for i in np.flatnonzero(~done):
+                print(f"left out {files[i]}, which can't be read")
             rows = np.memmap(part, "<u2", "r", shape=shape)
             with replacing(path) as beside, open(beside, "wb") as file:
                 write_array(file, len(good) * CROPS[crops], (rows[i] for i in good))
@@ -486,10 +491,6 @@ def encode_pictures(pictures, tokenizer, crops, device, name):
         wait_for_all()
     with reading(path, "is damaged: remove it, and it is made again"):
         return np.load(path, mmap_mode="r", allow_pickle=False)
-
-def check_few(bad, few):
-    if len(bad) > few:
-        raise UserError(f"{bad[0]} and {len(bad) - 1} others can't be read: remove them")
 
 def write_array(file, count, parts):
     """Write an .npy of `count` rows part by part."""
@@ -648,7 +649,7 @@ def run(argv):
     print(f"{args.out}: {len(files)} pictures by {path}")
 
 def main(argv=None):
-    return exit_code(run, argv)
+    return exit_code(run, argv, "interrupted")
 
 # ---- 7. What all three programs need -------------------------------------------------------------
 
@@ -716,7 +717,7 @@ def send(tensor, device):
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
-# Processes, as torchrun starts them
+# Processes of torchrun
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -853,11 +854,13 @@ def read_tensors(path):
 
 def load_strictly(module, state, path):
     """Copy a state dict into a module. Names and shapes must agree."""
-    try:
-        module.load_state_dict(state)
-    except Exception as error:  # torch explains it in many lines
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit the model: {text}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    for name in wanted | found:
+        here, there = found.get(name, "missing"), wanted.get(name, "unknown")
+        if here != there:
+            raise UserError(f"{path} does not fit the model: {name} is {here}, expected {there}")
+    module.load_state_dict(state)
 
 def digest(*parts):
     """SHA-256 of arrays and texts."""
@@ -913,7 +916,7 @@ def fetch(url, sha256=None):
             if sha256 is not None:
                 is_whole = digest(np.memmap(beside, mode="r")) == sha256
             if not is_whole:
-                raise ValueError("what came is another file, or a part of it")
+                raise ValueError("what came is not that file, or not all")
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"cannot download {url}: {error}; retry or put it at {path}") from error
     return path
