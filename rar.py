@@ -1,20 +1,20 @@
 """RAR in one file: Randomized Autoregressive Visual Generation (arXiv 2411.00776).
 
     python rar.py train              learns ten kinds of drawn shapes: 2 to 3 minutes on two CPU
-                                     cores, then 0.63 bits per token on drawings it has not seen
+                                     cores, then 0.63 bits per token on new drawings
     python rar.py train --data DIR   learns your photographs, DIR/CLASS/PICTURE
     python rar.py sample             draws new pictures with the newest run
     python rar.py eval               its bits per token on held-out pictures
 
 A tokenizer (tokenizer.py) replaces each patch of a picture by a token: the number of the codebook
-entry that stands for such a patch. A transformer learns to predict the tokens one by one, as a
-language model predicts words. New pictures are drawn from it.
+entry that stands for it. A transformer learns to predict the tokens one by one, as a language model
+predicts words. New pictures are drawn from it.
 
 In which order? Row by row ("raster"), a token is predicted only from what is above it and to its
 left. Random orders teach a model to use context from all sides, but there are too many to master.
 So RAR starts with random orders and ends with raster order: r, the probability of a random order,
-is annealed from 1 to 0. The paper's FID, where lower is better, is 3.08 with raster order alone,
-3.01 with random orders alone, and 2.18 with annealing (Table 2).
+is annealed from 1 to 0. The paper's FID (lower is better) is 3.08 with raster order, 3.01 with
+random orders, and 2.18 with annealing (Table 2).
 
     r = 1 ----------------.
                             ' .
@@ -26,8 +26,8 @@ One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3,
 second position embedding, the target-aware one, tells it the next cell. Once the order is fixed, it
 adds nothing.
 
-A cell is a place in the picture, a slot is a place in the sequence, and x_c is the token of cell c.
-The sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
+A cell is a place in the picture, a slot a place in the sequence, and x_c the token of cell c. The
+sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (nothing follows x_1)
@@ -37,7 +37,7 @@ The sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
     predicts                      -       x_2      x_0      x_3      x_1
 
 Part I is the method: 1 orders, 2 model, 3 sampling, 4 training. Part II is the program: 5 sampling
-with a cache, 6 training that resumes, 7 settings, 8 commands, 9 scan orders and CUDA graphs.
+with a cache, 6 training that resumes, 7 settings, 8 commands, 9 scan orders, CUDA graphs.
 
 Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
 """
@@ -51,8 +51,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-# ---- Part I: RAR ----
-# ---- 1. Orders: random at first, then less and less ----
+# ---- Part I: RAR
+# ---- 1. Orders: random at first, then less and less
 def randomness(step, start, end):
     """r in update `step`: 1 before `start`, 0 from `end` on, a line between (Section 3.2)."""
     if step < start:
@@ -71,16 +71,15 @@ def sample_orders(batch, length, r, order=None, rng=None):
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, order))
 
-# ---- 2. The model: a causal transformer. Parameters have the names of the released weights ----
+# ---- 2. The model: a causal transformer. Parameters have the names of the released weights
 def causal(q, k, v, dropout):
     """Attention of each slot to itself and the slots before it. All (B, H, S, D/H)."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 class Block(nn.Module):
-    """A transformer block with adaLN, the adaptive LayerNorm of DiT.
-
-    A linear layer maps class + slot embedding to six vectors, the modulation: a shift and a scale
-    for the input of attention, a gate for its output, and the same for the MLP."""
+    """A transformer block with adaLN, the adaptive LayerNorm of DiT. A linear layer maps class +
+    slot embedding to six vectors, the modulation: a shift and a scale for the input of attention, a
+    gate for its output, and the same for the MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -106,9 +105,9 @@ class Block(nn.Module):
 
     def before(self, x, modulation):
         """Before attention: queries, keys and values (B, H, S, D/H)."""
-        shift, scale = modulation.chunk(6, dim=-1)[:2]                   # (B, S, D) each
+        shift, scale = modulation.chunk(6, dim=-1)[:2]  # (B, S, D) each
         x = self.norm1(x) * (1 + scale) + shift
-        qkv = self.attn.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, S, 3, H, D/H)
+        qkv = self.attn.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, S, 3, H, D/H)
         q, k, v = qkv.unbind(2)
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -116,20 +115,19 @@ class Block(nn.Module):
     def after(self, x, attended, modulation):
         """After attention: the output (B, S, D)."""
         gate1, shift, scale, gate2 = modulation.chunk(6, dim=-1)[2:]
-        attended = attended.transpose(1, 2).flatten(2)                   # (B, S, D)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, S, D)
         x = x + gate1 * self.dropout(self.attn.proj(attended))
         hidden = F.gelu(self.mlp.fc1(self.norm2(x) * (1 + scale) + shift))
         return x + gate2 * self.dropout(self.mlp.fc2(self.dropout(hidden)))
 
 class RAR(nn.Module):
     """p(picture | class) as a product over its tokens, in any order of the cells.
-
     Rows of `embeddings`: 0 .. V-1 are the tokens, V is unused, V + 1 + c is class c, and the last
-    is "no class". Slot 0 predicts nothing. It is here because the released weights have it."""
+    is "no class". Slot 0 predicts nothing, but the released weights have it."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.first_class = config, config.codebook_size + 1
+        self.config = config
         D, T = config.width, config.grid_size**2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
@@ -152,11 +150,10 @@ class RAR(nn.Module):
 
     def forward(self, tokens, labels, orders):
         """Logits (B, T, V), of which [b, i] predicts tokens[b, orders[b, i]].
-
         tokens (B, T) in cell order; labels (B,), num_classes meaning "no class"; orders (B, T)."""
         in_order = tokens.gather(1, orders)
         held = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
-        x = held + self.places(orders)                                   # (B, T + 1, D)
+        x = held + self.places(orders)  # (B, T + 1, D)
         condition = self.condition(labels, 0, x.shape[1])
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
@@ -166,7 +163,8 @@ class RAR(nn.Module):
     def prompt(self, labels):
         """What slots 0 and 1 hold: (B, 2, D)."""
         cls = self.cls_token.expand(len(labels), 1, -1)
-        return torch.cat([cls, self.embeddings(self.first_class + labels)[:, None]], dim=1)
+        classes = self.embeddings(self.config.codebook_size + 1 + labels)
+        return torch.cat([cls, classes[:, None]], dim=1)
 
     def places(self, orders):
         """Both position embeddings of all slots: (B, T + 1, D)."""
@@ -174,18 +172,18 @@ class RAR(nn.Module):
         first_two = self.pos_embed[:, :2].expand(len(orders), -1, -1)
         others = F.embedding(rows[:, :-1], self.pos_embed[0])
         places = torch.cat([first_two, others], dim=1)
-        if self.config.target_aware:  # slot 1 predicts the first cell of the order
+        if self.config.target_aware:  # from slot 1 on
             places[:, 1:] += F.embedding(rows, self.target_aware_pos_embed[0])
         return places
 
     def condition(self, labels, start, stop):
         """What adaLN is told in slots start .. stop - 1: (B, S, D)."""
         # Trap: "timesteps" are slots, neither cells nor, as in diffusion, noise levels.
-        slots = self.timesteps_embeddings[:, start:stop]
-        return self.embeddings(self.first_class + labels)[:, None] + slots
+        class_embedding = self.prompt(labels)[:, 1:]
+        return class_embedding + self.timesteps_embeddings[:, start:stop]
 
     def modulation_layers(self):
-        """The layers that make modulations: each block's, and the head's."""
+        """What makes the modulations of each block, and the head's."""
         return [part.adaLN_modulation for part in (*self.blocks, self.adaln_before_head)]
 
     def head(self, x, modulation):
@@ -196,15 +194,14 @@ class RAR(nn.Module):
 
 def training_loss(model, tokens, labels, orders):
     """The mean cross entropy in nats, and the fraction of tokens predicted right."""
-    logits = model(tokens, labels, orders)                               # (B, T, V)
-    targets = tokens.gather(1, orders)                                   # (B, T)
+    logits = model(tokens, labels, orders)  # (B, T, V)
+    targets = tokens.gather(1, orders)  # (B, T)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.argmax(-1) == targets).float().mean()
 
-# ---- 3. Sampling, slowly ----
+# ---- 3. Sampling, slowly
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1).
-
     With logits c given the class and u without it, a token is drawn from u + g (c - u). A larger g
     makes pictures more typical and less varied. It rises from 1 to `scale`, later with a larger
     power; with power 0 it is `scale` throughout."""
@@ -212,26 +209,24 @@ def guidance_weight(step, steps, scale, power):
 
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature) by uniforms (B,) in [0, 1).
-
     A token is the first whose cumulative probability exceeds the uniform. With torch.multinomial, a
     picture would depend on its batch."""
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
     cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
-    # Rounding may leave the last sum below 1, so uniforms are scaled by it.
+    # By rounding, the last sum may be below 1, so uniforms are scaled by it.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
     """Draw the tokens (B, T), in cell order, of pictures of classes labels (B,).
-
     uniforms and orders are (B, T): [b, i] decides draw i of picture b. Each draw runs the whole
     sequence. Attention is causal, so tokens that are not drawn yet (0) change nothing."""
     no_class = torch.full_like(labels, model.config.num_classes)
     tokens = torch.zeros_like(orders)
     for t in range(orders.shape[1]):
-        logits = model(tokens, labels, orders)[:, t]                     # (B, V)
+        logits = model(tokens, labels, orders)[:, t]  # (B, V)
         if scale != 0:  # 0 is no guidance
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
@@ -240,7 +235,7 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
         tokens.scatter_(1, orders[:, t:t + 1], token[:, None])
     return tokens
 
-# ---- 4. Training, plainly ----
+# ---- 4. Training, plainly
 def learning_rate(step, steps, warmup, peak, floor):
     """A line from 0 to `peak` at update `warmup`, then half a cosine to `floor` at `steps`."""
     if step < warmup:
@@ -250,8 +245,8 @@ def learning_rate(step, steps, warmup, peak, floor):
 
 def make_optimizer(model, config):
     """AdamW, with weight decay where the authors have it."""
-    decayed = {"params": [], "weight_decay": config.weight_decay}
-    others = {"params": [], "weight_decay": 0.0}
+    decayed = dict(params=[], weight_decay=config.weight_decay)
+    others = dict(params=[], weight_decay=0.0)
     for name, parameter in model.named_parameters():
         # Trap: adaln_before_head has an "ln" in its name, blocks.*.adaLN_modulation has none.
         is_spared = parameter.ndim < 2 or "ln" in name or "embed" in name
@@ -261,20 +256,16 @@ def make_optimizer(model, config):
 
 @lru_cache(maxsize=2)  # 12.8 million rows take 0.7 s
 def shuffled(count, seed, number):
-    """The order in which pass `number` visits the rows 0 .. count - 1."""
+    """The order in which pass `number` visits the rows."""
     return np.random.default_rng((seed, number, 1)).permutation(count)
 
 def whole_batch(rows, config, step, order=None):
     """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order.
-
     Returns tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. All follow
     from seed and step, so a run can be stopped and go on."""
-    B, steps = config.batch, config.steps
-    passes, index = np.divmod(step * B + np.arange(B), len(rows))
-    for number in np.unique(passes):
-        now = passes == number
-        index[now] = shuffled(len(rows), config.seed, int(number))[index[now]]
-    batch = torch.from_numpy(rows[index].astype(np.int64))               # (B, 1 + T)
+    B, N, steps = config.batch, len(rows), config.steps
+    index = [shuffled(N, config.seed, i // N)[i % N] for i in range(step * B, (step + 1) * B)]
+    batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
     labels, tokens = batch[:, 0], batch[:, 1:]
 
     rng = np.random.default_rng((config.seed, step))
@@ -304,7 +295,7 @@ def train_plainly(model, rows, config):
         loss.backward()
         update(model, optimizer, config, step)
 
-# ---- Part II: the program ----
+# ---- Part II: the program
 import argparse
 import dataclasses
 import inspect
@@ -316,7 +307,7 @@ from pathlib import Path
 import tokenizer as tok
 from tokenizer import UserError
 
-# ---- 5. Sampling with a cache: the same tokens, but each slot runs once ----
+# ---- 5. Sampling with a cache: the same tokens, but each slot runs once
 AHEAD = 32  # slots whose modulations are made together
 
 @torch.no_grad()
@@ -329,19 +320,18 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     if orders is None:
         orders = torch.arange(T, device=device)
     orders = orders.expand(B, T)
-    drawn, K = torch.full_like(orders, -1), 0                            # in slot order
-    if known is not None:  # reads something back, which CUDA graphs can't record
+    drawn, K = torch.full_like(orders, -1), 0  # in slot order
+    if known is not None:  # waits for the device, as CUDA graphs can't
         drawn = known.to(device).expand(B, T).gather(1, orders)
-        come_first = (drawn >= 0).all(dim=0).int().cumprod(0)            # (T,), in all pictures
+        come_first = (drawn >= 0).all(dim=0).int().cumprod(0)  # (T,), in all pictures
         K = min(int(come_first.sum()), T - 1)
 
-    # With guidance every picture is two sequences: all with their class, then all without, which
-    # share the last row of `classes`.
+    # With guidance every picture is two sequences: all with their class, then all without.
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])
     row, copies = torch.arange(B, device=device), 1
     if scale not in (0, 1):
         row, copies = torch.cat([row, torch.full_like(row, B)]), 2
-    places = model.places(orders)                                        # (B, T + 1, D)
+    places = model.places(orders)  # (B, T + 1, D)
     layers = model.modulation_layers()
     caches = [{} for _ in model.blocks]
 
@@ -350,18 +340,18 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
             first = 0
             held = model.embeddings(drawn[:, :K]).repeat(copies, 1, 1)
             x = torch.cat([model.prompt(classes[row]), held], dim=1)
-            condition = model.condition(classes, 0, K + 2)               # (B + 1, K + 2, D)
+            condition = model.condition(classes, 0, K + 2)  # (B + 1, K + 2, D)
             modulations = (layer(condition)[row] for layer in layers)
         else:  # run slot t + 1, which holds the newest token
             first = t + 1
             x = model.embeddings(drawn[:, t - 1]).repeat(copies, 1)[:, None]
             ahead = (t - K - 1) % AHEAD
-            if ahead == 0:  # modulations do not depend on tokens: make those of the next slots
+            if ahead == 0:  # make those of the next slots: they need no tokens
                 tables = None  # or two sets of them would be in memory
                 condition = model.condition(classes, first, first + AHEAD)
-                tables = [layer(condition) for layer in layers]          # (B + 1, AHEAD, 6D or 2D)
+                tables = [layer(condition) for layer in layers]  # (B + 1, AHEAD, 6D or 2D)
             modulations = (table[row, ahead, None] for table in tables)
-        x = x + places[:, first:t + 2].repeat(copies, 1, 1)              # (copies * B, S, D)
+        x = x + places[:, first:t + 2].repeat(copies, 1, 1)  # (copies * B, S, D)
         for block, cache in zip(model.blocks, caches):
             x = block(x, next(modulations), partial(attend_cached, cache, first, T + 1))
         with torch.autocast(device.type, enabled=False):  # guidance would amplify rounding
@@ -370,29 +360,29 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         if copies == 2:
             conditional, unconditional = logits.chunk(2)
             g = guidance_weight(t, T, scale, power)
-            logits = unconditional + g * (conditional - unconditional)   # (B, V)
+            logits = unconditional + g * (conditional - unconditional)  # (B, V)
         token = draw(logits, temperature, uniforms[:, t])
         drawn[:, t] = torch.where(drawn[:, t] < 0, token, drawn[:, t])
     return torch.empty_like(drawn).scatter_(1, orders, drawn)
 
 def attend_cached(cache, first, slots, q, k, v, dropout):
-    """Attention of the slots from `first` on to themselves and to the cached slots before."""
-    stop = first + k.shape[2]
-    if first == 0:  # room for all slots; autocast makes k float32, but not v
+    """Attention of the slots from `first` on to themselves and the cached slots before."""
+    stop, is_prompt = first + k.shape[2], first == 0
+    if is_prompt:  # make room for all slots; autocast makes k float32, but not v
         cache["both"] = v.new_empty(2, *v.shape[:2], slots, v.shape[3])
     keys, values = cache["both"][:, :, :, :stop]
     keys[:, :, first:] = k
     values[:, :, first:] = v
     # After the prompt there is one slot, and it sees all.
-    return F.scaled_dot_product_attention(q, keys, values, is_causal=first == 0)
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=is_prompt)
 
 def image_uniforms(seed, numbers, length):
-    """Uniforms (B, length) that depend on the seed and each picture's number alone."""
+    """Uniforms (B, length) that depend on the seed and the pictures' numbers alone."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
 def image_orders(config, numbers, known=None):
-    """The orders (B, T) of pictures. Cells whose token is known, not -1, come first."""
+    """The orders (B, T) of pictures. Cells whose token is known come first."""
     T = config.grid_size**2
     if config.order == "random":  # the first T uniforms of a picture decide its draws
         orders = image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1, stable=True)
@@ -400,14 +390,12 @@ def image_orders(config, numbers, known=None):
         orders = scan_order(config.order, config.grid_size).expand(len(numbers), T)
     if known is not None:
         is_open = (known[orders] < 0).int()
-        orders = orders.gather(1, is_open.argsort(dim=1, stable=True))   # sorted: 0 before 1
+        orders = orders.gather(1, is_open.argsort(dim=1, stable=True))  # sorted: 0 before 1
     return orders
 
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
-    """Yield, batch by batch, the numbers (B,) of pictures and their tokens (B, T).
-
-    Picture i depends on labels[i], weights, settings and i alone. numbers are those to draw, by
-    default all. known (T,) holds tokens that all are given, or -1."""
+    """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Picture i depends on
+    labels[i], weights, settings and i alone. known (T,) holds tokens that all are given, or -1."""
     device = model.cls_token.device
     numbers = range(len(labels)) if numbers is None else numbers
 
@@ -424,7 +412,7 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
         inputs = labels[part], uniforms, image_orders(config, part, known)
         yield torch.tensor(part), draw_all(*[x.to(device) for x in inputs])
 
-# ---- 6. Training: the same updates, resumable, on any number of GPUs ----
+# ---- 6. Training: the same updates, resumable, on any number of GPUs
 def draw_batch(rows, config, step, rank=0, processes=1):
     """The share of process `rank` in a whole_batch."""
     *batch, r = whole_batch(rows, config, step, scan_order(config.order, config.grid_size))
@@ -432,8 +420,7 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     return *[x[mine] for x in batch], r
 
 def train_step(network, optimizer, config, batch, step, autocast):
-    """Make one update of the model (or DDP around it) with what draw_batch returned. Returns
-    what is logged, as tensors: reading them would keep the device waiting."""
+    """Make one update. Returns what is logged, as tensors, so that no GPU is waited for."""
     tokens, labels, orders, seeds, r = batch
     device, sums = next(network.parameters()).device, 0
     processes = config.batch // len(tokens)
@@ -451,11 +438,11 @@ def train_step(network, optimizer, config, batch, step, autocast):
         sums = sums + fraction * torch.stack([loss.detach(), accuracy])
     norm, lr = update(network, optimizer, config, step)
     loss, accuracy = tok.sum_over_processes(sums)
-    return {"loss": loss, "accuracy": accuracy, "r": r, "lr": lr, "gradient_norm": norm}
+    return dict(loss=loss, accuracy=accuracy, r=r, lr=lr, gradient_norm=norm)
 
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
-    """Bits per token and accuracy on rows (N, 1 + T), in the final order and in random orders."""
+    """Bits per token and accuracy on rows (N, 1 + T), in the final and random orders."""
     rows, result = torch.from_numpy(rows.astype(np.int64)), {}
     order = scan_order(config.order, config.grid_size)
     for name, r in (("final_order", 0), ("random_order", 1)):
@@ -470,8 +457,7 @@ def evaluate(model, rows, config, autocast):
     return result
 
 def train(config, folder, device, autocast):
-    """Make the updates that a run still lacks. Its folder has config.json, tokenizer.pt, log.jsonl,
-    previews, weights.pt to sample from, and checkpoints to go on from."""
+    """Make the updates that the run in `folder` still lacks."""
     torch.manual_seed(config.seed)
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
@@ -502,9 +488,8 @@ def train(config, folder, device, autocast):
                 line = {"step": done} | {name: float(value) for name, value in figures.items()}
                 line["passes"] = done * config.batch / data.images
                 if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                    raise UserError(f"the loss of update {done} is {line['loss']}: try --precision "
-                                    "float32 or a lower --lr")
-                bar.set_postfix_str("loss {loss:.3f}, r {r:.2f}, pass {passes:.3g}".format(**line))
+                    raise UserError(f"update {done}: the loss is {line['loss']}: try a lower --lr")
+                bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
             if milestone and tok.RANK == 0:
                 line |= evaluate(model.eval(), data.held_out, config, autocast)
                 bar.write(f"update {done}: {in_words(config, line)}")
@@ -515,9 +500,9 @@ def train(config, folder, device, autocast):
             if (milestone or stopping) and tok.RANK == 0:
                 save_checkpoint(folder, done, model, optimizer, annealing_starts)
             if stopping:
-                raise KeyboardInterrupt(f"stopped; {folder} is saved, the same command goes on")
-    print(f"{folder} is finished. Look at {folder}/step-{config.steps:06}.png, then try\n"
-          f"python rar.py sample --weights {folder}")
+                raise KeyboardInterrupt("stopped and saved; the same command goes on")
+    print(f"{folder} is finished: look at {folder}/step-{config.steps:06}.png\n"
+          "next: python rar.py sample")
 
 def in_words(config, result):
     return (f"held-out {result['final_order_bits']:.3f} bits/token in {config.order} order, "
@@ -533,9 +518,9 @@ def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
 
 def save_checkpoint(folder, done, model, optimizer, annealing_starts):
-    """Write one, and keep the last two and the one where annealing starts."""
+    """Keep the last two and the one where annealing starts."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    state = {"updates": done, "model": weights, "optimizer": optimizer.state_dict()}
+    state = dict(updates=done, model=weights, optimizer=optimizer.state_dict())
     tok.write_tensors(folder / f"checkpoint-{done:07}.pt", state)
     tok.write_tensors(folder / "weights.pt", weights)
     for path in checkpoints(folder)[2:]:
@@ -543,43 +528,43 @@ def save_checkpoint(folder, done, model, optimizer, annealing_starts):
             path.unlink(missing_ok=True)
 
 def resume(folder, config, model, optimizer):
-    """Load the newest checkpoint, if there is one. Returns the number of updates it has had."""
-    found, weights, log = checkpoints(folder), folder / "weights.pt", folder / "log.jsonl"
-    done = 0
+    """Load the newest checkpoint, if any. Returns how many updates it has had."""
+    found, done = checkpoints(folder), 0
+    weights, log = folder / "weights.pt", folder / "log.jsonl"
     if found:
         for name, old in vars(read_config(folder, config)).items():
             if old != getattr(config, name) and name not in FREE:
                 raise UserError(f"{folder} has {flag_of(name)} {old}: name another --out")
         state = tok.read_tensors(found[0])
-        with tok.reading(found[0], "is not the checkpoint of a run"):
+        with tok.reading(found[0], "is no checkpoint of a run"):
             done = state["updates"]
             optimizer.load_state_dict(state["optimizer"])
             tok.load_strictly(model, state["model"], found[0])
         if tok.RANK == 0:  # a kill may have come between the two files
             tok.write_tensors(weights, state["model"])
     elif weights.exists():
-        raise UserError(f"{weights} has no checkpoint to go on from: name another --out")
+        raise UserError(f"{weights} has no checkpoint beside it: name another --out")
     if tok.RANK == 0:
         tok.write_json(folder / "config.json", dataclasses.asdict(config))
     if tok.RANK == 0 and log.exists():  # what follows the checkpoint is made again
-        lines = [text for text in log.read_text().splitlines(True) if text.endswith("}\n")]
+        lines = [x for x in log.read_text().splitlines(True) if x.endswith("}\n")]
         with tok.replacing(log) as beside:
             beside.write_text("".join(x for x in lines if json.loads(x)["step"] <= done))
     return done
 
-# ---- 7. Settings ----
+# ---- 7. Settings
 FREE = ("micro_batch", "compile", "log_every", "save_every", "scale", "power", "temperature")
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
 
 @dataclasses.dataclass
 class Config:
     """The settings of a run, by default RAR-B's (Tables 1, 4 and 6). The first two follow from the
-    data. The others are flags, and their comments are the help texts."""
+    data. The others are flags, with their comments as help."""
     num_classes: int = 1000
     class_names: tuple = ()
     data: str = "shapes"  # shapes, or a folder of class folders
     image_size: int = 256  # pixels a side
-    crops: str = "ten"  # of a photograph: ten, flip (it and its mirror image) or center
+    crops: str = "ten"  # of photographs: ten, flip (two) or center
     tokenizer: str = "patch"  # patch (fitted to the data), released (fetched), or a file
     grid_size: int = 16  # cells a side
     codebook_size: int = 1024  # number of different tokens
@@ -587,33 +572,33 @@ class Config:
     depth: int = 24  # number of blocks
     heads: int = 16  # number of attention heads
     mlp_width: int = 3072  # hidden channels of an MLP
-    dropout: float = 0.1  # fraction of activations set to 0; a short run needs none
+    dropout: float = 0.1  # fraction of activations set to 0
     init: str = ""  # weights to start from
-    anneal: tuple = (0.5, 0.75)  # r falls from 1 to 0 between these fractions of training
+    anneal: tuple = (0.5, 0.75)  # fractions of training between which r falls from 1 to 0
     target_aware: bool = True  # tell each slot which cell it predicts
-    label_dropout: float = 0.1  # fraction of samples trained without class, for guidance
+    label_dropout: float = 0.1  # fraction of samples without class, for guidance
     steps: int = 250_000  # number of updates
-    batch: int = 2048  # samples of an update, over all processes
-    lr: float = 4e-4  # learning rate after the warm-up
+    batch: int = 2048  # samples of an update
+    lr: float = 4e-4  # learning rate after warm-up
     min_lr: float = 1e-5  # learning rate at the end
-    warmup: float = 0.25  # fraction of training in which the learning rate rises
+    warmup: float = 0.25  # fraction of training in which lr rises
     weight_decay: float = 0.03  # AdamW's weight decay
     betas: tuple = (0.9, 0.96)  # AdamW's betas
-    clip: float = 1.0  # norm to which larger gradients are shortened
+    clip: float = 1.0  # largest norm of the gradients
     # These may change when a run goes on.
     micro_batch: int = 64  # samples in memory at once
-    compile: bool = False  # let torch.compile fuse kernels, for GPUs
-    log_every: int = 100  # updates between two lines of the log
-    save_every: int = 5000  # updates between two checkpoints and previews
+    compile: bool = False  # use torch.compile, for GPUs
+    log_every: int = 100  # updates between lines of the log
+    save_every: int = 5000  # updates between checkpoints
     # These decide what a sample is like. The last three may change, too.
-    order: str = "raster"  # order of cells unless random; a wrong name lists all
-    seed: int = 0  # of weights, batches and samples
+    order: str = "raster"  # order of cells; a wrong name lists all
+    seed: int = 0  # of weights, batches, samples
     scale: float = 16.0  # guidance at the last token; 0 is none
     power: float = 2.75  # how late guidance sets in; 0 is at once
     temperature: float = 1.0  # of the draws; 0 is greedy
 
     def __post_init__(self):
-        most = {"anneal": 1, "warmup": 1, "dropout": 0.99, "label_dropout": 0.99, "betas": 0.9999}
+        most = dict(anneal=1, warmup=1, dropout=0.99, label_dropout=0.99, betas=0.9999)
         for name, value in vars(self).items():
             if isinstance(value, list):  # as argparse and JSON have it
                 setattr(self, name, tuple(value))
@@ -631,7 +616,7 @@ class Config:
 
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 
-PRESETS = {  # micro-batches are for 80 GB
+PRESETS = {  # with micro-batches for 80 GB
     "tiny": Config(  # for the shapes
         width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
         codebook_size=192, num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3,
@@ -639,7 +624,7 @@ PRESETS = {  # micro-batches are for 80 GB
     "small": Config(  # for photographs without a GPU
         width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=500,
         batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
-    "RAR-S": Config(depth=12, micro_batch=128),  # sampled as B: no settings are published
+    "RAR-S": Config(depth=12, micro_batch=128),
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
     "RAR-XL": Config(width=1280, depth=32, mlp_width=5120, micro_batch=32,
@@ -656,24 +641,23 @@ def read_config(folder, default):
     with tok.reading(path):
         return Config(**tok.read_json(path)) if path.exists() else default
 
-# ---- 8. Commands ----
+# ---- 8. Commands
 def train_command(args, knobs, device, autocast):
     data = knobs.get("data", "shapes")
     names = tok.class_names(data)
-    preset, chosen = "small", {"image_size": 64, "crops": "flip"}
+    preset, chosen = "small", dict(image_size=64, crops="flip")
     if data == "shapes":
-        preset = "tiny"
-        chosen = {"image_size": 32, "grid_size": 8, "codebook_size": 192, "crops": "center"}
+        preset, chosen = "tiny", dict(image_size=32, grid_size=8, codebook_size=192, crops="center")
     elif len(names) == 1000:  # as in the paper
-        preset, chosen = "RAR-B", {"tokenizer": "released"}
+        preset, chosen = "RAR-B", dict(tokenizer="released")
     preset = args.model or preset
-    chosen |= {"num_classes": len(names), "class_names": names} | knobs
+    chosen |= dict(num_classes=len(names), class_names=names) | knobs
     config = dataclasses.replace(PRESETS[preset], **chosen)
-    scan_order(config.order, config.grid_size)  # a wrong name is refused before a folder is made
+    scan_order(config.order, config.grid_size)  # refuses a wrong name
     if config.batch % tok.WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is not a multiple of {tok.WORLD_SIZE} processes")
-    print(f"{data}: --model {preset} --image-size {config.image_size} --crops {config.crops}")
     folder = Path(args.out or f"runs/{Path(data).resolve().name}-{preset}")
+    print(f"{folder}: --model {preset}, {len(names)} classes")
     with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
 
@@ -686,15 +670,13 @@ def sample_command(args, knobs, device, autocast):
     known = before = None
     if args.complete or args.keep:
         known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
-    final = read_config(folder, Config()).order
-    order = image_orders(config, [0], known)[0]                          # (T,)
-    if config.anneal[0] < 1 and not order.equal(scan_order(final, config.grid_size)):
-        print(f"these weights were annealed to {final} order and are worse at others: take the "
-              "checkpoint where annealing starts, or a run with --anneal 1 1")
+    final = scan_order(read_config(folder, Config()).order, config.grid_size)
+    if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
+        print("these weights are annealed to another order: take a checkpoint from before that")
 
-    settings = {name: getattr(config, name) for name in SAMPLING} | {
-        "classes": classes, "precision": args.precision, "weights": tok.digest_of(model),
-        "tokenizer": tok.digest_of(tokenizer), "known": None if known is None else known.tolist()}
+    settings = {name: getattr(config, name) for name in SAMPLING} | dict(
+        classes=classes, precision=args.precision, weights=tok.digest_of(model),
+        tokenizer=tok.digest_of(tokenizer), known=None if known is None else known.tolist())
     path, store, missing = tok.open_samples(args.out, folder, count, tokenizer.image_size, settings)
     for numbers, tokens in sample_tokens(model, labels, config, autocast, missing, known):
         tok.save_samples(store, numbers.tolist(), tokenizer.decode(tokens))
@@ -703,91 +685,89 @@ def sample_command(args, knobs, device, autocast):
         names = config.class_names or range(config.num_classes)
         columns = labels.tolist() if args.complete else classes
         tok.pack_samples(path, store, count, [names[c] for c in columns], before)
-    print(f"{path}: {count:,} pictures by {args.weights or folder}, seed {config.seed}")
+    print(f"{path}: {count:,} pictures, seed {config.seed}")
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
     data = tok.open_data(config, folder, device)
     result = evaluate(model, data.held_out, config, autocast)
-    print(f"{folder}, {len(data.held_out):,} pictures: {in_words(config, result)}")
+    print(f"{folder}: {in_words(config, result)}")
 
 def load_model(path, knobs, device):
-    """The model of find_weights(path), its Config and folder. Sizes are read off the weights. Other
-    settings come from knobs, the config.json beside the weights, or the preset of that size."""
+    """The model at a path, its Config and folder. Sizes are read off the weights, other settings
+    from knobs, the config.json beside the weights, or the preset of that size."""
     path = find_weights(path)
     checkpoint = tok.read_tensors(path)
     state = checkpoint.get("model", checkpoint)
     with tok.reading(path, "holds no weights of a RAR"):
         (rows, D), V = state["embeddings.weight"].shape, len(state["lm_head.bias"])
-        sizes = {
-            "width": D, "codebook_size": V, "num_classes": rows - V - 2,
-            "depth": sum(name.endswith(".attn.qkv.bias") for name in state),
-            "heads": D // len(state["blocks.0.attn.q_norm.bias"]),
-            "mlp_width": len(state["blocks.0.mlp.fc1.bias"]),
-            "grid_size": math.isqrt(state["pos_embed"].shape[1] - 1024)}
+        sizes = dict(
+            width=D, codebook_size=V, num_classes=rows - V - 2,
+            depth=sum(name.endswith(".attn.qkv.bias") for name in state),
+            heads=D // len(state["blocks.0.attn.q_norm.bias"]),
+            mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
+            grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
     alike = [c for c in PRESETS.values() if (c.width, c.depth) == (D, sizes["depth"])]
     config = read_config(path.parent, [*alike, Config()][0])
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
         knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random so far: any will do
     model = RAR(dataclasses.replace(config, **sizes, **knobs))
     tok.load_strictly(model, state, path)
-    if device.type == "cpu":  # which reads matrices stored by columns faster for a few rows
+    if device.type == "cpu":  # it reads columns faster, where x has few rows
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data = module.weight.data.T.contiguous().T
     return model.to(device).eval(), model.config, path.parent
 
 def find_weights(path):
-    """The weights file meant by a path, a run, a released model's name, or None: the newest run."""
+    """The weights file of a path, run or released model. None is the newest run."""
     if path in tok.RELEASED_MODELS:
         return tok.fetch_released(path)
-    if path is None:
-        runs = Path("runs").glob("*/weights.pt")
-        path = max(runs, key=lambda file: file.stat().st_mtime, default="runs")
+    runs = Path("runs").glob("*/weights.pt")
+    path = path or max(runs, key=lambda file: file.stat().st_mtime, default="runs")
     path = Path(path, "weights.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"there is no weights file {path}: make one with python rar.py train")
+        raise UserError(f"no weights file {path}: make one with python rar.py train")
     return path
 
 def load_init(model, path):
-    """Start from other weights. If they know other classes, their embeddings stay random."""
+    """Start from other weights. Embeddings of other classes stay random."""
     other, config, _ = load_model(path, {}, torch.device("cpu"))
     state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
     if config.num_classes != model.config.num_classes and config.width == table.shape[1]:
-        print(f"{path} knows other classes: their embeddings start anew")
-        known = state["embeddings.weight"][:other.first_class]
-        state["embeddings.weight"] = torch.cat([known, table[len(known):]])
+        print(f"{path} has other classes: their embeddings start anew")
+        kept = state["embeddings.weight"][:config.codebook_size + 1]
+        state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
     tok.load_strictly(model, state, path)
 
 def add_flags(command, function, names, on_cuda="tf32"):
-    """Give a command its function and flags: fields of Config, --device and --precision."""
     command.set_defaults(function=function, on_cuda=on_cuda)
     for name in names:
         default = getattr(Config, name)
-        options = {"type": type(default)}
+        options = dict(type=type(default))
         if isinstance(default, tuple):
-            options = {"type": float, "nargs": len(default)}
+            options = dict(type=float, nargs=len(default))
         if isinstance(default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
+            options = dict(action=argparse.BooleanOptionalAction)
         command.add_argument(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
-    command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda, if there is one]")
+    command.add_argument("--device", choices=["cuda", "cpu"])
     command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
                          help=f"of matrix products [{on_cuda} on cuda, else float32]")
 
 def run(argv):
-    parser = tok.Parser(prog="rar.py", description=__doc__.split("\n")[0])
+    parser = tok.Parser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train a model")
     train.add_argument("--model", choices=PRESETS, help="preset of the settings [by the data]")
-    train.add_argument("--out", help="folder to train in, or to go on in [runs/DATA-MODEL]")
+    train.add_argument("--out", help="folder of the run [runs/DATA-MODEL]")
     sample = commands.add_parser("sample", help="draw pictures")
-    sample.add_argument("--classes", nargs="+", help="numbers or names, taken in turn [all]")
+    sample.add_argument("--classes", nargs="+", help="numbers or names [all]")
     sample.add_argument("--count", type=tok.positive, help="pictures [5 of each class]")
     sample.add_argument("--out", help="X.png for a grid, X.npz, or X/ for a PNG each [a new grid]")
-    sample.add_argument("--complete", metavar="PICTURE", help="draw what --keep does not keep")
+    sample.add_argument("--complete", metavar="PICTURE", help="picture to complete")
     sample.add_argument("--keep", type=tok.rectangle, metavar="X0,Y0,X1,Y1",
-                        help="pixels of the square that is cut from the picture's middle")
-    evaluation = commands.add_parser("eval", help="held-out bits per token and accuracy")
+                        help="pixels of the picture's middle square")
+    evaluation = commands.add_parser("eval", help="held-out bits per token")
     add_flags(train, train_command, HELP, "bfloat16")
     add_flags(sample, sample_command, [*SAMPLING, "micro_batch"])
     add_flags(evaluation, eval_command, ["data", "order", "micro_batch"])
@@ -804,24 +784,21 @@ def run(argv):
 def main(argv=None):
     return tok.exit_code(run, argv)
 
-# ---- 9. Scan orders, and the fast path on GPUs ----
+# ---- 9. Scan orders, and the fast path on GPUs
 @lru_cache
 def scan_order(name, grid_size):
     """The cells (T,) in the order in which a scan of Fig. 6 visits them; cell = row * N + column.
+    The pictures tell when each cell has its turn; spiral_out is spiral_in backwards.
 
-    These pictures tell when each cell of 4x4 has its turn. spiral_out is spiral_in backwards.
-
-          raster         alternate       spiral_in       subsample        z_curve
-        0  1  2  3      0  1  2  3      0 11 10  9      0  4  1  5      0  1  4  5
-        4  5  6  7      7  6  5  4      1 12 15  8      8 12  9 13      2  3  6  7
-        8  9 10 11      8  9 10 11      2 13 14  7      2  6  3  7      8  9 12 13
-       12 13 14 15     15 14 13 12      3  4  5  6     10 14 11 15     10 11 14 15
+      alternate       spiral_in       subsample        z_curve
+     0  1  2  3      0 11 10  9      0  4  1  5      0  1  4  5
+     7  6  5  4      1 12 15  8      8 12  9 13      2  3  6  7
+     8  9 10 11      2 13 14  7      2  6  3  7      8  9 12 13
+    15 14 13 12      3  4  5  6     10 14 11 15     10 11 14 15
     """
     N, half = grid_size, (grid_size + 1) // 2
     grid = np.arange(N * N).reshape(N, N)
     orders = {"raster": grid.flatten()}
-
-    # Every second row from right to left
     rows = [row[::-1] if number % 2 else row for number, row in enumerate(grid)]
     orders["alternate"] = np.concatenate(rows)
 
@@ -830,31 +807,27 @@ def scan_order(name, grid_size):
     while rest.size:
         spiral.extend(rest[0])
         rest = np.rot90(rest[1:])
-    orders["spiral_in"] = np.array(spiral)
-    orders["spiral_out"] = np.array(spiral[::-1])
+    orders |= {"spiral_in": np.array(spiral), "spiral_out": np.array(spiral[::-1])}
 
-    # The first cell of each quarter, then the second of each: sorted by place, then by quarter
+    # The first cell of each quarter, then the second of each. Trap: lexsort's last key counts most.
     row, column = np.divmod(np.arange(N * N), N)
-    keys = row % half, column % half, row // half, column // half
-    orders["subsample"] = np.lexsort(keys[::-1])  # Trap: the last key counts most.
+    orders["subsample"] = np.lexsort((column // half, row // half, column % half, row % half))
 
-    # Quarter by quarter, and each of them quarter by quarter
+    # Quarter by quarter, and each of them likewise
     def z_curve(part):
         if part.size < 2:
             return part.flatten()
-        halves = np.array_split(part, 2)
-        quarters = [quarter for x in halves for quarter in np.array_split(x, 2, axis=1)]
+        quarters = [q for half in np.array_split(part, 2) for q in np.array_split(half, 2, axis=1)]
         return np.concatenate([z_curve(quarter) for quarter in quarters])
     orders["z_curve"] = z_curve(grid)
 
     if name not in orders:
-        raise UserError(f"--order {name}: choose from {', '.join(orders)}; in sampling also random")
+        raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
     return torch.from_numpy(orders[name])
 
 def recorded(function):
-    """A function of tensors as a CUDA graph: small kernels run faster than Python starts them. With
-    new shapes, the first call just runs, to warm up the libraries. The second is recorded, and
-    later ones replay it. The recording has fixed places in memory for inputs and output."""
+    """A function of tensors as a CUDA graph, which starts small kernels faster than Python does.
+    The first call with some shapes warms up, the second is recorded, and later ones replay it."""
     graphs = {}
 
     def run(*inputs):

@@ -916,7 +916,7 @@ def fetch(url, sha256=None):
             if sha256 is not None:
                 is_whole = digest(np.memmap(beside, mode="r")) == sha256
             if not is_whole:
-                raise ValueError("what came is not that file, or not all")
+                raise ValueError("it is not that file, or not whole")
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"cannot download {url}: {error}; retry or put it at {path}") from error
     return path
