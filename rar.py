@@ -488,7 +488,7 @@ def train(config, folder, device, autocast):
                 line = {"step": done} | {name: float(value) for name, value in figures.items()}
                 line["passes"] = done * config.batch / data.images
                 if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                    raise UserError(f"update {done}: the loss is {line['loss']}: try a lower --lr")
+                    raise UserError(f"update {done}: the loss or its gradient is NaN: lower --lr")
                 bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
             if milestone and tok.RANK == 0:
                 line |= evaluate(model.eval(), data.held_out, config, autocast)
