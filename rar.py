@@ -261,8 +261,8 @@ def shuffled(count, seed, number):
 
 def whole_batch(rows, config, step, order=None):
     """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order.
-    Returns tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. All follow
-    from seed and step, so a run can be stopped and go on."""
+    Returns tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. Seed and step
+    decide all of it, so a run can be stopped and go on."""
     B, N, steps = config.batch, len(rows), config.steps
     index = [shuffled(N, config.seed, i // N)[i % N] for i in range(step * B, (step + 1) * B)]
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
@@ -694,8 +694,8 @@ def eval_command(args, knobs, device, autocast):
     print(f"{folder}: {in_words(config, result)}")
 
 def load_model(path, knobs, device):
-    """The model at a path, its Config and folder. Sizes are read off the weights, other settings
-    from knobs, the config.json beside the weights, or the preset of that size."""
+    """The model at a path, its Config and folder. Sizes are read off the weights. The other settings
+    are those of knobs, of the config.json beside them, or of the preset of that size."""
     path = find_weights(path)
     checkpoint = tok.read_tensors(path)
     state = checkpoint.get("model", checkpoint)
