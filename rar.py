@@ -694,7 +694,7 @@ def eval_command(args, knobs, device, autocast):
     print(f"{folder}: {in_words(config, result)}")
 
 def load_model(path, knobs, device):
-    """The model at a path, its Config and folder. Sizes are read off the weights. The other settings
+    """The model at a path, its Config and folder. Sizes are read off the weights. Other settings
     are those of knobs, of the config.json beside them, or of the preset of that size."""
     path = find_weights(path)
     checkpoint = tok.read_tensors(path)
