@@ -648,7 +648,7 @@ def train_command(args, knobs, device, autocast):
     preset, chosen = "small", dict(image_size=64, crops="flip")
     if data == "shapes":
         preset, chosen = "tiny", dict(image_size=32, grid_size=8, codebook_size=192, crops="center")
-    elif len(names) == 1000:  # as in the paper
+    elif len(names) == 1000 and args.model != "small":
         preset, chosen = "RAR-B", dict(tokenizer="released")
     preset = args.model or preset
     chosen |= dict(num_classes=len(names), class_names=names) | knobs
