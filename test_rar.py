@@ -1562,7 +1562,7 @@ def test_kills(photographs):
         command, whole, longest = commands[k % 3]
         processes, out = 1 + (k % 6 > 2), f"{k}{whole[1:]}"
         shutil.rmtree("runs", ignore_errors=True)
-        for _ in range(rng.randint(1, 1 + k // 3)):
+        for _ in range(rng.randint(1, 1 + (k > 2))):
             result = launch(*command, "--out", out, processes=processes, patch=f"""
 def kill():
     time.sleep({rng.uniform(0, longest * processes)})
