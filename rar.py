@@ -154,11 +154,20 @@ class RAR(nn.Module):
         in_order = tokens.gather(1, orders)
         held = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
         x = held + self.places(orders)  # (B, T + 1, D)
-        condition = self.condition(labels, 0, x.shape[1])
+
+        # adaLN needs class and slot alone. With few classes, it runs once for each class.
+        few = self.config.num_classes < len(labels)
+        classes = torch.arange(self.config.num_classes + 1).to(labels) if few else labels
+        condition = self.condition(classes, 0, x.shape[1])
+
+        def modulation(layer):
+            result = layer(condition)
+            return result.index_select(0, labels) if few else result
+
         for block in self.blocks:
-            x = block(x, block.adaLN_modulation(condition))
-        modulation = self.adaln_before_head.adaLN_modulation(condition)
-        return self.head(x, modulation)[:, 1:]  # without slot 0
+            x = block(x, modulation(block.adaLN_modulation))
+        x = self.head(x, modulation(self.adaln_before_head.adaLN_modulation))
+        return x[:, 1:]  # without slot 0
 
     def prompt(self, labels):
         """What slots 0 and 1 hold: (B, 2, D)."""
@@ -375,6 +384,15 @@ def attend_cached(cache, first, slots, q, k, v, dropout):
     values[:, :, first:] = v
     # After the prompt there is one slot, and it sees all.
     return F.scaled_dot_product_attention(q, keys, values, is_causal=is_prompt)
+
+def pack(model):
+    """Store the weights of linear layers as oneDNN wants them: a CPU draws twice as fast."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            layer.forward = partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias,
+                                    attr="none", scalars=[], algorithm="")
+            layer.weight = None
 
 def image_uniforms(seed, numbers, length):
     """Uniforms (B, length) that depend on the seed and the pictures' numbers alone."""
@@ -677,6 +695,9 @@ def sample_command(args, knobs, device, autocast):
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, precision=args.precision, weights=tok.digest_of(model),
         tokenizer=tok.digest_of(tokenizer), known=None if known is None else known.tolist())
+    is_plain = device.type == "cpu" and args.precision == "float32"
+    if is_plain and torch.backends.mkldnn.is_available():
+        pack(model)
     path, store, missing = tok.open_samples(args.out, folder, count, tokenizer.image_size, settings)
     for numbers, tokens in sample_tokens(model, labels, config, autocast, missing, known):
         tok.save_samples(store, numbers.tolist(), tokenizer.decode(tokens))
@@ -713,10 +734,6 @@ def load_model(path, knobs, device):
         knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random so far: any will do
     model = RAR(dataclasses.replace(config, **sizes, **knobs))
     tok.load_strictly(model, state, path)
-    if device.type == "cpu":  # it reads columns faster, where x has few rows
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.T.contiguous().T
     return model.to(device).eval(), model.config, path.parent
 
 def find_weights(path):

@@ -135,6 +135,15 @@ def test_gradients_and_updates(model):
     assert norms == pytest.approx([2.25130510, 2.25130510, 2.22651267, 2.16976595, 2.11143804,
                                    2.06262946, 2.02955413, 2.01252198], rel=1e-5)
 
+def test_adaln_runs_once_for_each_class(model, monkeypatch):
+    tokens, labels, orders = TOKENS.repeat(4, 1), torch.arange(12) % 11, ORDERS.repeat(4, 1)
+    seen = calls(monkeypatch, model.blocks[0].adaLN_modulation, "forward")
+    together = model(tokens, labels, orders)
+    alone = torch.cat([model(*parts) for parts in zip(*(
+        x.split(4) for x in (tokens, labels, orders)))])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert [len(condition) for condition, in seen] == [11, 4, 4, 4]
+
 def slowly(*arguments, uniforms=RASTER, orders=RASTER):
     return rar.generate_slowly(*arguments, uniforms, orders)
 
@@ -236,6 +245,10 @@ def test_the_cache_gives_the_same_tokens(scale, aware):
     cached, slow = (sampler(model, labels, scale, 1.0, 0.9, uniforms=uniforms, orders=orders)
                     for sampler in (generate, slowly))
     assert (cached == slow).all(dim=1).float().mean() >= 0.99 and 49 > rar.AHEAD
+    if torch.backends.mkldnn.is_available():
+        rar.pack(model)
+        packed = generate(model, labels, scale, 1.0, 0.9, uniforms=uniforms, orders=orders)
+        assert (packed == slow).all(dim=1).float().mean() >= 0.99
 
 @pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("slots, pictures", [

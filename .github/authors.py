@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -42,9 +41,9 @@ def theirs(config):
 def sampling(config, ours, other, device, autocast):
     """Two functions: ours and theirs draw the tokens of a batch, guided."""
     labels = torch.arange(config.batch) % config.num_classes
-    with tempfile.TemporaryDirectory() as folder:  # on a CPU, load_model stores weights by columns
-        tok.write_tensors(Path(folder, "weights.pt"), ours.state_dict())
-        ours = rar.load_model(folder, {}, device)[0]
+    ours.to(device).eval()
+    if device.type == "cpu":  # as rar.py sample
+        rar.pack(ours)
     # One generator for all batches: on CUDA it records the second, and replays it from then on.
     batches = rar.sample_tokens(ours, labels.repeat(9), config, autocast)
     labels = labels.to(device)
