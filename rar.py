@@ -121,9 +121,9 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp.fc2(self.dropout(hidden)))
 
 class RAR(nn.Module):
-    """p(picture | class) as a product over its tokens, in any order of the cells.
-    Rows of `embeddings`: 0 .. V-1 are the tokens, V is unused, V + 1 + c is class c, and the last
-    is "no class". Slot 0 predicts nothing, but the released weights have it."""
+    """p(picture | class) as a product over its tokens, in any order of the cells. `embeddings` has
+    rows for V tokens, an unused one, the classes and "no class". Slot 0 predicts nothing, but the
+    released weights have it."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,7 +163,6 @@ class RAR(nn.Module):
         def modulation(layer):
             result = layer(condition)
             return result.index_select(0, labels) if few else result
-
         for block in self.blocks:
             x = block(x, modulation(block.adaLN_modulation))
         x = self.head(x, modulation(self.adaln_before_head.adaLN_modulation))
@@ -211,15 +210,14 @@ def training_loss(model, tokens, labels, orders):
 # ---- 3. Sampling, slowly
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1).
-    With logits c given the class and u without it, a token is drawn from u + g (c - u). A larger g
-    makes pictures more typical and less varied. It rises from 1 to `scale`, later with a larger
-    power; with power 0 it is `scale` throughout."""
+    With logits c given the class and u without it, a token is drawn from u + g (c - u). With a
+    larger g, pictures are more typical and less varied. It rises from 1 to `scale`, the later the
+    larger `power` is; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
-    """Draw tokens (B,) from softmax(logits (B, V) / temperature) by uniforms (B,) in [0, 1).
-    A token is the first whose cumulative probability exceeds the uniform. With torch.multinomial, a
-    picture would depend on its batch."""
+    """Draw tokens (B,) from softmax(logits (B, V) / temperature): the first whose cumulative
+    probability exceeds uniforms (B,). By torch.multinomial, a picture depends on its batch."""
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
@@ -292,7 +290,7 @@ def update(model, optimizer, config, step):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)  # in their memory, for DDP would hold it twice
     return norm, lr
 
 def train_plainly(model, rows, config):
@@ -324,11 +322,8 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     """As generate_slowly, with a cache. uniforms and orders are random and raster by default. known
     (B, T), in cell order, holds tokens that stay, or -1. Scale 0 or 1 is no guidance."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
-    if uniforms is None:
-        uniforms = torch.rand(B, T, device=device)
-    if orders is None:
-        orders = torch.arange(T, device=device)
-    orders = orders.expand(B, T)
+    uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
+    orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
     drawn, K = torch.full_like(orders, -1), 0  # in slot order
     if known is not None:  # waits for the device, as CUDA graphs can't
         drawn = known.to(device).expand(B, T).gather(1, orders)
@@ -388,7 +383,7 @@ def attend_cached(cache, first, slots, q, k, v, dropout):
 def pack(model):
     """Store the weights of linear layers as oneDNN wants them: a CPU draws twice as fast."""
     for layer in model.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and torch.backends.mkldnn.is_available():
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
             layer.forward = partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias,
                                     attr="none", scalars=[], algorithm="")
@@ -490,7 +485,6 @@ def train(config, folder, device, autocast):
     if config.compile:  # all but attention, which alone knows lengths
         for block in model.blocks:
             block.before, block.after = torch.compile(block.before), torch.compile(block.after)
-
     annealing_starts = math.ceil(config.anneal[0] * config.steps)
     bar = tqdm(range(done, config.steps), "training", config.steps, initial=done)
     with bar, tok.noting_signals() as signals:
@@ -583,7 +577,8 @@ class Config:
     data: str = "shapes"  # shapes, or a folder of class folders
     image_size: int = 256  # pixels a side
     crops: str = "ten"  # of photographs: ten, flip (two) or center
-    tokenizer: str = "patch"  # patch (fitted to the data), released (fetched), or a file
+    photographs: int = 10**9  # at most so many, evenly from all classes
+    tokenizer: str = "released"  # released (fetched), patch (fitted to the data), or a file
     grid_size: int = 16  # cells a side
     codebook_size: int = 1024  # number of different tokens
     width: int = 768  # channels of a token
@@ -637,12 +632,15 @@ HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config))
 PRESETS = {  # with micro-batches for 80 GB
     "tiny": Config(  # for the shapes
         width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
-        codebook_size=192, num_classes=10, label_dropout=0.2, steps=1500, batch=16, lr=4e-3,
-        warmup=0.05, log_every=20, save_every=500, scale=1.65, power=0.0, temperature=0.8),
+        crops="center", tokenizer="patch", codebook_size=192, label_dropout=0.2, steps=1500,
+        batch=16, lr=4e-3, warmup=0.05, log_every=20, save_every=500,
+        scale=1.65, power=0.0, temperature=0.8),
     "small": Config(  # for photographs without a GPU
-        width=192, depth=6, heads=12, mlp_width=768, dropout=0.0, image_size=64, steps=500,
-        batch=8, lr=3e-3, warmup=0.05, log_every=20, save_every=250, scale=2.0, power=1.0),
-    "RAR-S": Config(depth=12, micro_batch=128),
+        width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
+        crops="flip", photographs=60_000, tokenizer="patch", codebook_size=2048, steps=1400,
+        batch=64, lr=3e-3, warmup=0.05, anneal=(0.25, 0.5), log_every=20, save_every=350,
+        scale=4.0, power=1.0, temperature=0.95),
+    "RAR-S": Config(depth=12, steps=20_000, batch=256, micro_batch=128, save_every=1000),
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
     "RAR-XL": Config(width=1280, depth=32, mlp_width=5120, micro_batch=32,
@@ -661,25 +659,37 @@ def read_config(folder, default):
 
 # ---- 8. Commands
 def train_command(args, knobs, device, autocast):
-    data = knobs.get("data", "shapes")
+    data, gpu = knobs.get("data", "shapes"), tok.gpu_gigabytes(device) >= 16
     names = tok.class_names(data)
-    preset, chosen = "small", dict(image_size=64, crops="flip")
-    if data == "shapes":
-        preset, chosen = "tiny", dict(image_size=32, grid_size=8, codebook_size=192, crops="center")
-    elif len(names) == 1000 and args.model != "small":
-        preset, chosen = "RAR-B", dict(tokenizer="released")
+    count = 0 if data == "shapes" else len(tok.labelled_pictures(data)[0])
+    choices = [
+        ("tiny", "drawn shapes", data == "shapes"),
+        ("RAR-B", "1000 classes and a GPU", gpu and len(names) == 1000),
+        ("RAR-S", "2,000 photographs or more and a GPU", gpu and count >= 2000),
+        ("small", "photographs without a GPU of 16 GB", True)]
+    preset, why = next((preset, why) for preset, why, fits in choices if fits)
     preset = args.model or preset
-    chosen |= dict(num_classes=len(names), class_names=names) | knobs
-    config = dataclasses.replace(PRESETS[preset], **chosen)
+    chosen = dict(num_classes=len(names), class_names=names)
+    if data == "shapes":
+        chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
+    elif preset == "small":  # a codebook or a training too long would learn few ones by heart
+        chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
+    config = dataclasses.replace(PRESETS[preset], **chosen | knobs)
     scan_order(config.order, config.grid_size)  # refuses a wrong name
     if config.batch % tok.WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is not a multiple of {tok.WORLD_SIZE} processes")
     folder = Path(args.out or f"runs/{Path(data).resolve().name}-{preset}")
-    print(f"{folder}: --model {preset}, {len(names)} classes")
+    size, T = config.image_size, config.grid_size**2
+    print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {size}x{size} pixels, "
+          f"{T} tokens of {config.codebook_size}, {config.steps:,} updates")
+    if preset == "small":
+        print("about 8 minutes on two CPU cores; the bar tells for this machine\n"
+              "better pictures: more --steps; --image-size 64 --grid-size 16; a GPU with 16 GB")
     with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
 
 def sample_command(args, knobs, device, autocast):
+    knobs = dict(micro_batch=128 if tok.gpu_gigabytes(device) >= 40 else 64) | knobs
     model, config, folder = load_model(args.weights, knobs, device)
     classes = tok.class_numbers(args.classes, config, folder)
     count = args.count or min(60, 5 * len(classes))
@@ -695,12 +705,11 @@ def sample_command(args, knobs, device, autocast):
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, precision=args.precision, weights=tok.digest_of(model),
         tokenizer=tok.digest_of(tokenizer), known=None if known is None else known.tolist())
-    is_plain = device.type == "cpu" and args.precision == "float32"
-    if is_plain and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and args.precision == "float32":
         pack(model)
     path, store, missing = tok.open_samples(args.out, folder, count, tokenizer.image_size, settings)
-    for numbers, tokens in sample_tokens(model, labels, config, autocast, missing, known):
-        tok.save_samples(store, numbers.tolist(), tokenizer.decode(tokens))
+    batches = sample_tokens(model, labels, config, autocast, missing, known)
+    tok.save_samples(store, ((part, tokenizer.decode(tokens)) for part, tokens in batches))
     tok.wait_for_all()
     if tok.RANK == 0:
         names = config.class_names or range(config.num_classes)
@@ -732,9 +741,10 @@ def load_model(path, knobs, device):
     config = read_config(path.parent, [*alike, Config()][0])
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
         knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random so far: any will do
-    model = RAR(dataclasses.replace(config, **sizes, **knobs))
-    tok.load_strictly(model, state, path)
-    return model.to(device).eval(), model.config, path.parent
+    with torch.device("meta"):  # initial weights would take long, and go
+        model = RAR(dataclasses.replace(config, **sizes, **knobs))
+    tok.load_strictly(model, state, path, assign=True)
+    return model.to(device, torch.float32).eval(), model.config, path.parent
 
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
@@ -790,7 +800,7 @@ def run(argv):
     add_flags(evaluation, eval_command, ["data", "order", "micro_batch"])
     for command in (sample, evaluation):
         command.add_argument("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
-    sample.set_defaults(seed=1, micro_batch=64)  # seed 0 would draw the preview again
+    sample.set_defaults(seed=1)  # seed 0 would draw the preview again
 
     args = parser.parse_args(argv)
     knobs = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}

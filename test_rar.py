@@ -817,7 +817,7 @@ def test_train_on_photographs(photographs, monkeypatch, capsys):
         rar.main(SMALL)
     works(*SMALL)
     assert len(made) == 2 * 40 + 1 + 2  # rows and marks; the rows of one picture were not marked
-    assert "--model small, 2 classes" in capsys.readouterr().out
+    assert "--model small for photographs without a GPU" in capsys.readouterr().out
     files, run = token_files(), Path("runs/photos-small")
     held_out, train = sorted(files)
     rows = np.load(f"runs/tokens/{train}")
@@ -1005,13 +1005,20 @@ def test_released_weights(hub, capsys, monkeypatch):
     works(*sample, "model", "--out", "y.npz")
     assert differing("x", "y.npz") == 0 and pixels_of("x").std() > 2
 
-def test_a_thousand_classes_ask_for_the_released_tokenizer(hub, capsys):
+def test_a_thousand_classes_and_a_gpu_ask_for_the_released_tokenizer(hub, capsys, monkeypatch):
     for i in range(1000):
         paint(f"imagenet/{i:04}/a.png", size=(8, 8))
-    error = refused(["train", "--data", "imagenet", "--width", "8", "--depth", "1", "--heads", "1",
-                     "--mlp-width", "8", "--device", "cpu"], capsys)
+    flags = ["train", "--data", "imagenet", "--width", "8", "--depth", "1", "--heads", "1",
+             "--mlp-width", "8", "--device", "cpu"]
+    monkeypatch.setattr(tok, "gpu_gigabytes", lambda device: 80)
+    error = refused(flags, capsys)
     assert "404" in error and tok.RELEASED in error  # never another in its place
+    assert "put it at" in error and "--tokenizer patch" in error
     assert not list(Path("runs").rglob("*.pt"))
+    monkeypatch.setattr(tok, "gpu_gigabytes", lambda device: 0)
+    works(*flags, "--steps", "2", "--photographs", "100", "--codebook-size", "16")
+    printed = capsys.readouterr().out
+    assert "--model small" in printed and "100 of 950 photographs, evenly" in printed
 
 def test_weights_that_do_not_fit(workplace, capsys):
     class Hostile:

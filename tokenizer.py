@@ -44,13 +44,15 @@ from tqdm import tqdm
 
 def nearest(vectors, codes):
     """The number of the nearest code (V, C) to each vector (..., C): int64 (...)."""
+    codes = codes.double()  # or TF32 and autocast would change tokens
     # |v - c|^2 without |v|^2, the same for all codes
-    return ((codes**2).sum(1) - 2 * vectors @ codes.T).argmin(-1)
+    return ((codes**2).sum(1) - 2 * vectors.double() @ codes.T).argmin(-1)
 
 class PatchTokenizer(nn.Module):
     """A token is the nearest of `codebook_size` mean patches. It is fitted in seconds.
 
-    Decoding is a linear map of the mean patches of a token and its eight neighbours.
+    Decoding is a linear map of the mean patches of a token and its eight neighbours. Then the
+    picture is smoothed between cells and sharpened, by as much as decoding errs.
     """
 
     def __init__(self, grid_size, patch_size, codebook_size):
@@ -61,6 +63,7 @@ class PatchTokenizer(nn.Module):
         self.register_buffer("decoder", torch.zeros(channels, channels, 3, 3))
         self.register_buffer("decoder_bias", torch.zeros(channels))
         self.register_buffer("grid", torch.tensor(grid_size))
+        self.register_buffer("error", torch.tensor(0.0))  # of a decoded pixel, root mean square
 
     def patches(self, images):
         """(B, 3, H, W) -> (B, T, 3 * patch * patch)"""
@@ -77,8 +80,20 @@ class PatchTokenizer(nn.Module):
     def decode(self, tokens):
         """int (B, T) -> float (B, 3, H, W) in [0, 1]"""
         pixels = F.conv2d(self.means(tokens), self.decoder, self.decoder_bias, padding=1)
-        image = F.fold(pixels.flatten(2), self.image_size, self.patch_size, stride=self.patch_size)
-        return image.clamp(0, 1)
+        p, error = self.patch_size, self.error
+        image = F.fold(pixels.flatten(2), self.image_size, p, stride=p)
+        # A step between cells may be an error. Spread it over half a cell on both sides.
+        places = torch.arange(p, device=tokens.device)[:, None]
+        falling = (1 - (places + 0.5) / (p / 2)).clamp(min=0)            # to 0 in the middle
+        for _ in "xy":
+            cells = image.transpose(2, 3).unflatten(2, (-1, p))          # (B, 3, grid, p, S)
+            step = (cells[:, :, 1:, :1] - cells[:, :, :-1, -1:]).clamp(-2 * error, 2 * error)
+            cells[:, :, 1:] -= step / 2 * falling
+            cells[:, :, :-1] += step / 2 * falling.flip(0)
+            image = cells.flatten(2, 3)
+        # Means are blurred, so raise what differs from its surroundings.
+        detail = image - F.avg_pool2d(image, 3, 1, 1, count_include_pad=False)
+        return (image + detail.clamp(-error / 2, error / 2)).clamp(0, 1)
 
     @classmethod
     def fit(cls, images, grid_size, codebook_size):
@@ -102,6 +117,8 @@ class PatchTokenizer(nn.Module):
         self.decoder[:, :, 1, 1] = torch.eye(self.codebook.shape[1])  # the token's own mean
         if self.patch_size <= 16:  # larger ones would take tens of GB
             self.fit_decoder(images[:5_000_000 // patches.shape[1] // grid_size**2])
+        again = torch.cat([self.decode(self.encode(part)) for part in images.split(50)])
+        self.error.copy_((again - images).square().mean().sqrt())
         return self
 
     def fit_decoder(self, images):
@@ -184,8 +201,9 @@ class MaskGITVQGAN(nn.Module):
         """int (B, 256) -> float (B, 3, 256, 256) in [0, 1]"""
         codes = self.quantize.embedding(tokens)                          # (B, T, 256)
         codes = codes.transpose(1, 2).unflatten(2, (16, 16)).contiguous()
-        # One by one on a CPU: as fast, and the batch can't change pixels by rounding.
-        parts = codes.split(1 if codes.device.type == "cpu" else len(codes))
+        # On a GPU, a picture takes 170 MB. On a CPU, one by one is as fast, and so the batch can't
+        # change pixels by rounding.
+        parts = codes.split(1 if codes.device.type == "cpu" else 16)
         return torch.cat([self.decoder(part) for part in parts]).clamp(0, 1)
 
 def load(path, config=None, names=()):
@@ -208,7 +226,12 @@ def fit_tokenizer(config, images):
     """The tokenizer that config names: "patch" is fitted to images(), (B, 3, H, W)."""
     if config.tokenizer == "patch":
         return PatchTokenizer.fit(images(), config.grid_size, config.codebook_size)
-    path = released_tokenizer() if config.tokenizer == "released" else config.tokenizer
+    path = config.tokenizer
+    if path == "released":
+        try:
+            path = released_tokenizer()
+        except UserError as error:
+            raise UserError(f"{error}, or give --tokenizer patch") from error
     return load(path, config, ("grid_size", "codebook_size", "image_size"))
 
 def tokenizer_of(config, folder):
@@ -432,6 +455,9 @@ def open_data(config, folder, device, fit=False):
         return Data(rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:], tokenizer, SHAPES_TRAIN)
 
     train, held_out = labelled_pictures(config.data)
+    if len(train) > config.photographs:
+        print(f"{config.photographs:,} of {len(train):,} photographs, evenly from all classes")
+        train = [train[i * len(train) // config.photographs] for i in range(config.photographs)]
     held_out = held_out[::-(-len(held_out) // 500)]  # at most 500
     enough = min(2000, 10**8 // (3 * config.image_size**2) + 1)
     some = [file for _, file in train[::-(-len(train) // enough)]]
@@ -584,14 +610,20 @@ def open_samples(out, folder, count, size, settings):
     missing = [number for number in range(count) if f"{number:06}.png" not in there]
     return path, store, missing[RANK::WORLD_SIZE]
 
-def save_samples(store, numbers, images):
-    """Write images (B, 3, H, W) as PNGs with these numbers."""
+def save_samples(store, batches):
+    """Write numbers (B,) and images (B, 3, H, W) as PNGs, while the next batch is drawn."""
     def write(number, pixels):
         with replacing(store / f"{number:06}.png") as beside:
             Image.fromarray(pixels).save(beside, "PNG", compress_level=1)
 
+    jobs = []
     with ThreadPoolExecutor() as pool:  # Pillow compresses without the GIL
-        list(pool.map(write, numbers, to_uint8(images)))
+        for numbers, images in batches:
+            for job in jobs:
+                job.result()
+            jobs = [pool.submit(write, *pair) for pair in zip(numbers.tolist(), to_uint8(images))]
+    for job in jobs:
+        job.result()
 
 def pack_samples(path, store, count, names, before=None):
     """Make the grid or .npz at `path`. In a grid, images (N, 3, H, W) may come `before`."""
@@ -710,6 +742,12 @@ def choose_device(name, precision=None, on_cuda="float32"):
     # Trap: cuDNN's attention makes a plan for every length, of which sampling has T.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
+
+def gpu_gigabytes(device):
+    """The memory of a GPU in GB, or 0 for a CPU."""
+    if device.type == "cpu":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory / 1e9
 
 def send(tensor, device):
     """The tensor on the device. Nobody waits for a copy from pinned memory."""
@@ -852,15 +890,15 @@ def read_tensors(path):
             raise ValueError
         return value
 
-def load_strictly(module, state, path):
-    """Copy a state dict into a module. Names and shapes must agree."""
+def load_strictly(module, state, path, assign=False):
+    """Copy a state dict into a module, or assign it. Names and shapes must agree."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
     for name in wanted | found:
         here, there = found.get(name, "missing"), wanted.get(name, "unknown")
         if here != there:
             raise UserError(f"{path} does not fit the model: {name} is {here}, expected {there}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 def digest(*parts):
     """SHA-256 of arrays and texts."""

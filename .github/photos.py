@@ -1,4 +1,4 @@
-"""What the samples of a model of photographs are worth, as a small classifier of photographs sees it.
+"""What samples of a model of photographs are worth, as a small classifier of photographs sees it.
 
     python .github/photos.py judge DATA          trains the classifier on DATA/train
     python .github/photos.py score DATA RUN ...  600 samples of each run
@@ -32,7 +32,7 @@ def half_distances(judge, images, labels, held_out):
     return sum(judge.score(images, labels, half)["distance"] for half in halves) / 2
 
 def nearest_share(tokens, rows):
-    """The mean share of equal tokens between each of tokens (B, T) and the nearest of rows (N, T)."""
+    """The mean share of equal tokens between tokens (B, T) and the nearest of rows (N, 1 + T)."""
     rows = torch.from_numpy(rows[:, 1:].astype("int64"))
     return sum((rows == own).float().mean(1).max().item() for own in tokens) / len(tokens)
 
