@@ -52,7 +52,7 @@ class PatchTokenizer(nn.Module):
     """A token is the nearest of `codebook_size` mean patches. It is fitted in seconds.
 
     Decoding is a linear map of the mean patches of a token and its eight neighbours. Then the
-    picture is smoothed between cells and sharpened, by as much as decoding errs.
+    picture is smoothed between cells and sharpened, as far as decoding errs.
     """
 
     def __init__(self, grid_size, patch_size, codebook_size):
@@ -201,8 +201,7 @@ class MaskGITVQGAN(nn.Module):
         """int (B, 256) -> float (B, 3, 256, 256) in [0, 1]"""
         codes = self.quantize.embedding(tokens)                          # (B, T, 256)
         codes = codes.transpose(1, 2).unflatten(2, (16, 16)).contiguous()
-        # On a GPU, a picture takes 170 MB. On a CPU, one by one is as fast, and so the batch can't
-        # change pixels by rounding.
+        # A picture takes 170 MB. On a CPU, the batch must not change pixels by rounding.
         parts = codes.split(1 if codes.device.type == "cpu" else 16)
         return torch.cat([self.decoder(part) for part in parts]).clamp(0, 1)
 
@@ -744,7 +743,6 @@ def choose_device(name, precision=None, on_cuda="float32"):
     return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
 
 def gpu_gigabytes(device):
-    """The memory of a GPU in GB, or 0 for a CPU."""
     if device.type == "cpu":
         return 0
     return torch.cuda.get_device_properties(device).total_memory / 1e9
