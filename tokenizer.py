@@ -52,7 +52,7 @@ class PatchTokenizer(nn.Module):
     """A token is the nearest of `codebook_size` mean patches. It is fitted in seconds.
 
     Decoding is a linear map of the mean patches of a token and its eight neighbours. Then the
-    picture is smoothed between cells and sharpened, as far as decoding errs.
+    picture is smoothed between cells and sharpened, as far as it errs.
     """
 
     def __init__(self, grid_size, patch_size, codebook_size):
