@@ -683,7 +683,7 @@ def train_command(args, knobs, device, autocast):
     print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {size}x{size} pixels, "
           f"{T} tokens of {config.codebook_size}, {config.steps:,} updates")
     if preset == "small":
-        print("about 8 minutes on two CPU cores; the bar tells for this machine\n"
+        print(f"about {config.steps / 160:.0f} minutes on two CPU cores; the bar tells for yours\n"
               "better pictures: more --steps; --image-size 64 --grid-size 16; a GPU with 16 GB")
     with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
