@@ -683,7 +683,7 @@ def train_command(args, knobs, device, autocast):
     print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {size}x{size} pixels, "
           f"{T} tokens of {config.codebook_size}, {config.steps:,} updates")
     if preset == "small":
-        print(f"about {config.steps / 160:.0f} minutes on two CPU cores; the bar tells for yours\n"
+        print(f"about {config.steps / 160:.0f} minutes on two CPU cores; the bar tells yours\n"
               "better pictures: more --steps; --image-size 64 --grid-size 16; a GPU with 16 GB")
     with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
@@ -741,7 +741,7 @@ def load_model(path, knobs, device):
     config = read_config(path.parent, [*alike, Config()][0])
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
         knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random so far: any will do
-    with torch.device("meta"):  # initial weights would take long, and go
+    with torch.device("meta"):  # initial weights would take long
         model = RAR(dataclasses.replace(config, **sizes, **knobs))
     tok.load_strictly(model, state, path, assign=True)
     return model.to(device, torch.float32).eval(), model.config, path.parent
