@@ -190,10 +190,6 @@ class RAR(nn.Module):
         class_embedding = self.prompt(labels)[:, 1:]
         return class_embedding + self.timesteps_embeddings[:, start:stop]
 
-    def modulation_layers(self):
-        """What makes the modulations of each block, and the head's."""
-        return [part.adaLN_modulation for part in (*self.blocks, self.adaln_before_head)]
-
     def head(self, x, modulation):
         """Logits (B, S, V) of x (B, S, D), under modulation (B, S, 2D)."""
         scale, shift = modulation.chunk(2, dim=-1)  # Trap: here scale comes before shift.
@@ -336,7 +332,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     if scale not in (0, 1):
         row, copies = torch.cat([row, torch.full_like(row, B)]), 2
     places = model.places(orders)  # (B, T + 1, D)
-    layers = model.modulation_layers()
+    layers = [part.adaLN_modulation for part in (*model.blocks, model.adaln_before_head)]
     caches = [{} for _ in model.blocks]
 
     for t in range(K, T):
@@ -388,6 +384,11 @@ def pack(model):
             layer.forward = partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias,
                                     attr="none", scalars=[], algorithm="")
             layer.weight = None
+
+def compile_halves(model):
+    """Fuse what each block does before and after attention, which alone knows lengths."""
+    for block in model.blocks:
+        block.before, block.after = torch.compile(block.before), torch.compile(block.after)
 
 def image_uniforms(seed, numbers, length):
     """Uniforms (B, length) that depend on the seed and the pictures' numbers alone."""
@@ -482,9 +483,8 @@ def train(config, folder, device, autocast):
     if tok.WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=not config.target_aware)
-    if config.compile:  # all but attention, which alone knows lengths
-        for block in model.blocks:
-            block.before, block.after = torch.compile(block.before), torch.compile(block.after)
+    if config.compile:
+        compile_halves(model)
     annealing_starts = math.ceil(config.anneal[0] * config.steps)
     bar = tqdm(range(done, config.steps), "training", config.steps, initial=done)
     with bar, tok.noting_signals() as signals:
@@ -599,7 +599,7 @@ class Config:
     betas: tuple = (0.9, 0.96)  # AdamW's betas
     clip: float = 1.0  # largest norm of the gradients
     # These may change when a run goes on.
-    micro_batch: int = 64  # samples in memory at once
+    micro_batch: int = 64  # in memory at once; sample takes 128 on GPUs of 40 GB
     compile: bool = False  # use torch.compile, for GPUs
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
@@ -705,7 +705,9 @@ def sample_command(args, knobs, device, autocast):
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, precision=args.precision, weights=tok.digest_of(model),
         tokenizer=tok.digest_of(tokenizer), known=None if known is None else known.tolist())
-    if device.type == "cpu" and args.precision == "float32":
+    if knobs.get("compile"):
+        compile_halves(model)
+    elif device.type == "cpu" and args.precision == "float32":
         pack(model)
     path, store, missing = tok.open_samples(args.out, folder, count, tokenizer.image_size, settings)
     batches = sample_tokens(model, labels, config, autocast, missing, known)
@@ -796,7 +798,7 @@ def run(argv):
                         help="pixels of the picture's middle square")
     evaluation = commands.add_parser("eval", help="held-out bits per token")
     add_flags(train, train_command, HELP, "bfloat16")
-    add_flags(sample, sample_command, [*SAMPLING, "micro_batch"])
+    add_flags(sample, sample_command, [*SAMPLING, "micro_batch", "compile"])
     add_flags(evaluation, eval_command, ["data", "order", "micro_batch"])
     for command in (sample, evaluation):
         command.add_argument("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
