@@ -12,14 +12,9 @@ predicts words. New pictures are drawn from it.
 
 In which order? Row by row ("raster"), a token is predicted only from what is above it and to its
 left. Random orders teach a model to use context from all sides, but there are too many to master.
-So RAR starts with random orders and ends with raster order: r, the probability of a random order,
-is annealed from 1 to 0. The paper's FID (lower is better) is 3.08 with raster order, 3.01 with
-random orders, and 2.18 with annealing (Table 2).
-
-    r = 1 ----------------.
-                            ' .
-        0                       '---------
-          0 %            50 %  75 %   100 % of training
+So RAR starts with random orders and ends with raster order. The probability r of a random order is
+1 for half of the training, falls to 0 in the third quarter, and stays there. The paper's FID (lower
+is better) is 3.08 with raster order, 3.01 with random orders, and 2.18 with annealing (Table 2).
 
 One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order
 [2, 0, 1, 3] for cell 1. The model has seen the same in both, so it could only answer the same. A
@@ -121,9 +116,8 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp.fc2(self.dropout(hidden)))
 
 class RAR(nn.Module):
-    """p(picture | class) as a product over its tokens, in any order of the cells. `embeddings` has
-    rows for V tokens, an unused one, the classes and "no class". Slot 0 predicts nothing, but the
-    released weights have it."""
+    """p(picture | class), token by token. `embeddings` has rows for V tokens, an unused one, the
+    classes and "no class". Slot 0 predicts nothing, but the released weights have it."""
 
     def __init__(self, config):
         super().__init__()
@@ -159,14 +153,13 @@ class RAR(nn.Module):
         few = self.config.num_classes < len(labels)
         classes = torch.arange(self.config.num_classes + 1).to(labels) if few else labels
         condition = self.condition(classes, 0, x.shape[1])
-
-        def modulation(layer):
-            result = layer(condition)
-            return result.index_select(0, labels) if few else result
+        parts = (*self.blocks, self.adaln_before_head)
+        modulations = (part.adaLN_modulation(condition) for part in parts)
+        if few:
+            modulations = (each.index_select(0, labels) for each in modulations)
         for block in self.blocks:
-            x = block(x, modulation(block.adaLN_modulation))
-        x = self.head(x, modulation(self.adaln_before_head.adaLN_modulation))
-        return x[:, 1:]  # without slot 0
+            x = block(x, next(modulations))
+        return self.head(x, next(modulations))[:, 1:]  # without slot 0
 
     def prompt(self, labels):
         """What slots 0 and 1 hold: (B, 2, D)."""
@@ -178,8 +171,7 @@ class RAR(nn.Module):
         """Both position embeddings of all slots: (B, T + 1, D)."""
         rows = 2 + orders
         first_two = self.pos_embed[:, :2].expand(len(orders), -1, -1)
-        others = F.embedding(rows[:, :-1], self.pos_embed[0])
-        places = torch.cat([first_two, others], dim=1)
+        places = torch.cat([first_two, F.embedding(rows[:, :-1], self.pos_embed[0])], dim=1)
         if self.config.target_aware:  # from slot 1 on
             places[:, 1:] += F.embedding(rows, self.target_aware_pos_embed[0])
         return places
@@ -187,8 +179,7 @@ class RAR(nn.Module):
     def condition(self, labels, start, stop):
         """What adaLN is told in slots start .. stop - 1: (B, S, D)."""
         # Trap: "timesteps" are slots, neither cells nor, as in diffusion, noise levels.
-        class_embedding = self.prompt(labels)[:, 1:]
-        return class_embedding + self.timesteps_embeddings[:, start:stop]
+        return self.prompt(labels)[:, 1:] + self.timesteps_embeddings[:, start:stop]
 
     def head(self, x, modulation):
         """Logits (B, S, V) of x (B, S, D), under modulation (B, S, 2D)."""
@@ -205,15 +196,14 @@ def training_loss(model, tokens, labels, orders):
 
 # ---- 3. Sampling, slowly
 def guidance_weight(step, steps, scale, power):
-    """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1).
-    With logits c given the class and u without it, a token is drawn from u + g (c - u). With a
-    larger g, pictures are more typical and less varied. It rises from 1 to `scale`, the later the
-    larger `power` is; with power 0 it is `scale` throughout."""
+    """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
+    are drawn from u + g (c - u), with logits c given the class and u without it. It rises from 1 to
+    `scale`, the later the larger `power` is; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature): the first whose cumulative
-    probability exceeds uniforms (B,). By torch.multinomial, a picture depends on its batch."""
+    probability exceeds uniforms (B,). With torch.multinomial, a picture depends on its batch."""
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
@@ -223,9 +213,9 @@ def draw(logits, temperature, uniforms):
 
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
-    """Draw the tokens (B, T), in cell order, of pictures of classes labels (B,).
-    uniforms and orders are (B, T): [b, i] decides draw i of picture b. Each draw runs the whole
-    sequence. Attention is causal, so tokens that are not drawn yet (0) change nothing."""
+    """Tokens (B, T), in cell order, of pictures of classes labels (B,). uniforms and orders are
+    (B, T): [b, i] decides draw i of picture b. Each draw runs the whole sequence. Attention is
+    causal, so tokens that are not drawn yet (0) change nothing."""
     no_class = torch.full_like(labels, model.config.num_classes)
     tokens = torch.zeros_like(orders)
     for t in range(orders.shape[1]):
@@ -263,9 +253,8 @@ def shuffled(count, seed, number):
     return np.random.default_rng((seed, number, 1)).permutation(count)
 
 def whole_batch(rows, config, step, order=None):
-    """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order.
-    Returns tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. Seed and step
-    decide all of it, so a run can be stopped and go on."""
+    """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order. Seed and
+    step decide all of it: tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, r."""
     B, N, steps = config.batch, len(rows), config.steps
     index = [shuffled(N, config.seed, i // N)[i % N] for i in range(step * B, (step + 1) * B)]
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
@@ -281,8 +270,7 @@ def whole_batch(rows, config, step, order=None):
 def update(model, optimizer, config, step):
     """Make update `step` from the gradients. Returns their norm and the learning rate."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    warmup = config.warmup * config.steps
-    lr = learning_rate(step, config.steps, warmup, config.lr, config.min_lr)
+    lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -304,7 +292,6 @@ import dataclasses
 import inspect
 import json
 import re
-import sys
 from pathlib import Path
 
 import tokenizer as tok
@@ -371,8 +358,7 @@ def attend_cached(cache, first, slots, q, k, v, dropout):
     if is_prompt:  # make room for all slots; autocast makes k float32, but not v
         cache["both"] = v.new_empty(2, *v.shape[:2], slots, v.shape[3])
     keys, values = cache["both"][:, :, :, :stop]
-    keys[:, :, first:] = k
-    values[:, :, first:] = v
+    keys[:, :, first:], values[:, :, first:] = k, v
     # After the prompt there is one slot, and it sees all.
     return F.scaled_dot_product_attention(q, keys, values, is_causal=is_prompt)
 
@@ -513,8 +499,7 @@ def train(config, folder, device, autocast):
                 save_checkpoint(folder, done, model, optimizer, annealing_starts)
             if stopping:
                 raise KeyboardInterrupt("stopped and saved; the same command goes on")
-    print(f"{folder} is finished: look at {folder}/step-{config.steps:06}.png\n"
-          "next: python rar.py sample")
+    print(f"finished: look at {folder}/step-{config.steps:06}.png\nnext: python rar.py sample")
 
 def in_words(config, result):
     return (f"held-out {result['final_order_bits']:.3f} bits/token in {config.order} order, "
@@ -546,7 +531,7 @@ def resume(folder, config, model, optimizer):
     if found:
         for name, old in vars(read_config(folder, config)).items():
             if old != getattr(config, name) and name not in FREE:
-                raise UserError(f"{folder} has {flag_of(name)} {old}: name another --out")
+                raise UserError(f"{folder} has {tok.flag_of(name)} {old}: name another --out")
         state = tok.read_tensors(found[0])
         with tok.reading(found[0], "is no checkpoint of a run"):
             done = state["updates"]
@@ -570,8 +555,7 @@ SAMPLING = ("order", "seed", "scale", "power", "temperature")
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run, by default RAR-B's (Tables 1, 4 and 6). The first two follow from the
-    data. The others are flags, with their comments as help."""
+    """The settings of a run, by default RAR-B's (Tables 1, 4, 6). What has a comment is a flag."""
     num_classes: int = 1000
     class_names: tuple = ()
     data: str = "shapes"  # shapes, or a folder of class folders
@@ -616,10 +600,10 @@ class Config:
             if isinstance(value, list):  # as argparse and JSON have it
                 setattr(self, name, tuple(value))
             low = int(type(getattr(Config, name)) is int and name != "seed")
-            high = most.get(name, 2**63 - 1)
+            high, flag = most.get(name, 2**63 - 1), tok.flag_of(name)
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:  # or it is NaN
-                    raise UserError(f"{flag_of(name)} must be from {low} to {high}, not {number}")
+                    raise UserError(f"{flag} must be from {low} to {high}, not {number}")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
         if self.min_lr > self.lr:
@@ -629,17 +613,14 @@ class Config:
 
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 
+WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
+                   grid_size=8, tokenizer="patch", warmup=0.05, log_every=20)
 PRESETS = {  # with micro-batches for 80 GB
-    "tiny": Config(  # for the shapes
-        width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
-        crops="center", tokenizer="patch", codebook_size=192, label_dropout=0.2, steps=1500,
-        batch=16, lr=4e-3, warmup=0.05, log_every=20, save_every=500,
-        scale=1.65, power=0.0, temperature=0.8),
-    "small": Config(  # for photographs without a GPU
-        width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32, grid_size=8,
-        crops="flip", photographs=60_000, tokenizer="patch", codebook_size=2048, steps=1400,
-        batch=64, lr=3e-3, warmup=0.05, anneal=(0.25, 0.5), log_every=20, save_every=350,
-        scale=4.0, power=1.0, temperature=0.95),
+    "tiny": Config(**WITHOUT_GPU, crops="center", codebook_size=192, label_dropout=0.2, steps=1500,
+                   batch=16, lr=4e-3, save_every=500, scale=1.65, power=0.0, temperature=0.8),
+    "small": Config(**WITHOUT_GPU, crops="flip", photographs=60_000, codebook_size=2048,
+                    anneal=(0.25, 0.5), steps=1400, batch=64, lr=3e-3, save_every=350,
+                    scale=4.0, power=1.0, temperature=0.95),
     "RAR-S": Config(depth=12, steps=20_000, batch=256, micro_batch=128, save_every=1000),
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
@@ -648,9 +629,6 @@ PRESETS = {  # with micro-batches for 80 GB
     "RAR-XXL": Config(width=1408, depth=40, mlp_width=6144, micro_batch=16,
                       scale=8.0, power=1.2, temperature=1.02),
 }
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 def read_config(folder, default):
     path = folder / "config.json"
@@ -683,8 +661,8 @@ def train_command(args, knobs, device, autocast):
     print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {size}x{size} pixels, "
           f"{T} tokens of {config.codebook_size}, {config.steps:,} updates")
     if preset == "small":
-        print(f"about {config.steps / 160:.0f} minutes on two CPU cores; the bar tells yours\n"
-              "better pictures: more --steps; --image-size 64 --grid-size 16; a GPU with 16 GB")
+        print(f"about {config.steps / 160:.0f} minutes on two CPU cores; for better pictures: more "
+              "--steps, --image-size 64 --grid-size 16, or a GPU of 16 GB")
     with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
 
@@ -695,9 +673,7 @@ def sample_command(args, knobs, device, autocast):
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
     tokenizer = tok.tokenizer_of(config, folder).to(device)
-    known = before = None
-    if args.complete or args.keep:
-        known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
+    known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
     final = scan_order(read_config(folder, Config()).order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
         print("these weights are annealed to another order: take a checkpoint from before that")
@@ -712,18 +688,15 @@ def sample_command(args, knobs, device, autocast):
     path, store, missing = tok.open_samples(args.out, folder, count, tokenizer.image_size, settings)
     batches = sample_tokens(model, labels, config, autocast, missing, known)
     tok.save_samples(store, ((part, tokenizer.decode(tokens)) for part, tokens in batches))
-    tok.wait_for_all()
-    if tok.RANK == 0:
-        names = config.class_names or range(config.num_classes)
-        columns = labels.tolist() if args.complete else classes
-        tok.pack_samples(path, store, count, [names[c] for c in columns], before)
+    names = config.class_names or range(config.num_classes)
+    columns = labels.tolist() if args.complete else classes
+    tok.pack_samples(path, store, count, [names[c] for c in columns], before)
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
     data = tok.open_data(config, folder, device)
-    result = evaluate(model, data.held_out, config, autocast)
-    print(f"{folder}: {in_words(config, result)}")
+    print(f"{folder}: {in_words(config, evaluate(model, data.held_out, config, autocast))}")
 
 def load_model(path, knobs, device):
     """The model at a path, its Config and folder. Sizes are read off the weights. Other settings
@@ -760,7 +733,7 @@ def find_weights(path):
     return path
 
 def load_init(model, path):
-    """Start from other weights. Embeddings of other classes stay random."""
+    """Start from other weights. Embeddings of other classes start anew."""
     other, config, _ = load_model(path, {}, torch.device("cpu"))
     state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
     if config.num_classes != model.config.num_classes and config.width == table.shape[1]:
@@ -778,7 +751,7 @@ def add_flags(command, function, names, on_cuda="tf32"):
             options = dict(type=float, nargs=len(default))
         if isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)
-        command.add_argument(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
+        command.add_argument(tok.flag_of(name), help=f"{HELP[name]} [{default}]", **options)
     command.add_argument("--device", choices=["cuda", "cpu"])
     command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
                          help=f"of matrix products [{on_cuda} on cuda, else float32]")
@@ -794,8 +767,7 @@ def run(argv):
     sample.add_argument("--count", type=tok.positive, help="pictures [5 of each class]")
     sample.add_argument("--out", help="X.png for a grid, X.npz, or X/ for a PNG each [a new grid]")
     sample.add_argument("--complete", metavar="PICTURE", help="picture to complete")
-    sample.add_argument("--keep", type=tok.rectangle, metavar="X0,Y0,X1,Y1",
-                        help="pixels of the picture's middle square")
+    sample.add_argument("--keep", type=tok.rectangle, help="X0,Y0,X1,Y1: pixels of the square")
     evaluation = commands.add_parser("eval", help="held-out bits per token")
     add_flags(train, train_command, HELP, "bfloat16")
     add_flags(sample, sample_command, [*SAMPLING, "micro_batch", "compile"])
@@ -803,7 +775,6 @@ def run(argv):
     for command in (sample, evaluation):
         command.add_argument("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
     sample.set_defaults(seed=1)  # seed 0 would draw the preview again
-
     args = parser.parse_args(argv)
     knobs = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}
     device, args.precision, autocast = tok.choose_device(args.device, args.precision, args.on_cuda)
@@ -876,4 +847,4 @@ def recorded(function):
     return run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

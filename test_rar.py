@@ -486,7 +486,7 @@ def test_train_sample_eval(workplace, capsys):
     assert [line["passes"] for line in lines] == pytest.approx([0.16 * n for n in range(1, 7)])
     assert lines[0].keys() == {"step", "loss", "accuracy", "r", "lr", "gradient_norm", "passes"}
     assert rar.main(TRAIN) == 0
-    assert "runs/shapes-tiny is finished" in capsys.readouterr().out and contents(run) == before
+    assert "finished: look at runs/shapes-tiny" in capsys.readouterr().out and contents(run) == before
 
     shutil.copytree(run, "runs/older")
     os.utime("runs/older/weights.pt", (0, 0))

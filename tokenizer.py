@@ -218,7 +218,7 @@ def load(path, config=None, names=()):
     for name in names:
         has, wanted = getattr(tokenizer, name), getattr(config, name)
         if has != wanted:
-            raise UserError(f"{path} has {name} {has}, but --{name.replace('_', '-')} is {wanted}")
+            raise UserError(f"{path} has {name} {has}, but {flag_of(name)} is {wanted}")
     return tokenizer.eval()
 
 def fit_tokenizer(config, images):
@@ -564,8 +564,10 @@ def save_grid(path, images, names):
 def known_tokens(path, keep, tokenizer, device="cpu"):
     """The tokens (T,) of a picture's cells that lie within the pixels `keep`. Others are -1.
 
-    Also returns two images (2, 3, H, W): the picture, and what is kept of it.
+    Also returns two images (2, 3, H, W): the picture, and what is kept of it. Both may be None.
     """
+    if path is None and keep is None:
+        return None, None
     if path is None or keep is None:
         raise UserError("--complete PICTURE and --keep X0,Y0,X1,Y1 need each other")
     size, grid = tokenizer.image_size, tokenizer.grid_size
@@ -626,7 +628,8 @@ def save_samples(store, batches):
 
 def pack_samples(path, store, count, names, before=None):
     """Make the grid or .npz at `path`. In a grid, images (N, 3, H, W) may come `before`."""
-    if path == store:
+    wait_for_all()
+    if path == store or RANK > 0:
         return
     files = [store / f"{number:06}.png" for number in range(count)]
     pictures = read_all(files, None, None)                               # each (1, H, W, 3)
@@ -693,6 +696,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 def positive(text):
     if int(text) < 1:
