@@ -40,7 +40,7 @@ from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
 
-# ---- 1. Tokenizers -------------------------------------------------------------------------------
+# ---- 1. Tokenizers
 
 def nearest(vectors, codes):
     """The number of the nearest code (V, C) to each vector (..., C): int64 (...)."""
@@ -243,7 +243,7 @@ def tokenizer_of(config, folder):
         path = released_tokenizer(folder)
     return load(path, config, ("grid_size", "codebook_size"))
 
-# ---- 2. Photographs ------------------------------------------------------------------------------
+# ---- 2. Photographs
 
 # A huge picture may be a bomb. Pillow warns of it, we refuse it.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -356,7 +356,7 @@ def crop_images(files, size):
         raise UserError(f"{files[0]} and all others can't be read")
     return to_float(np.concatenate(crops))
 
-# ---- 3. Shapes -----------------------------------------------------------------------------------
+# ---- 3. Shapes
 
 SHAPES_SIZE = 32
 SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 500
@@ -406,7 +406,7 @@ def draw_shape(index):
         ImageDraw.Draw(image).polygon(corners.flatten().tolist(), fill=fill)
     return np.asarray(image)
 
-# ---- 4. Data sets as tokens ----------------------------------------------------------------------
+# ---- 4. Data sets as tokens
 
 @dataclasses.dataclass
 class Data:
@@ -531,7 +531,7 @@ def write_at(path, place, data):
         file.seek(place)
         file.write(data)
 
-# ---- 5. Pictures out -----------------------------------------------------------------------------
+# ---- 5. Pictures out
 
 def to_float(pixels, device="cpu"):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [0, 1]. Trap: not in [-1, 1]."""
@@ -651,7 +651,7 @@ def write_npz(path, count, parts):
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             write_array(member, count, parts)
 
-# ---- 6. The command ------------------------------------------------------------------------------
+# ---- 6. The command
 
 def run(argv):
     parser = Parser(prog="tokenizer.py", description=__doc__.split("\n")[0])
@@ -685,7 +685,7 @@ def run(argv):
 def main(argv=None):
     return exit_code(run, argv, "interrupted")
 
-# ---- 7. What all three programs need -------------------------------------------------------------
+# ---- 7. What all three programs need
 
 class UserError(Exception):
     """A mistake of the user: one line that names the file or flag. Exit code 2."""
@@ -701,8 +701,8 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    if not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 1,000,000,000, not {text}")
     return int(text)
 
 def rectangle(text):
