@@ -595,7 +595,7 @@ class Config:
     temperature: float = 1.0  # of the draws; 0 is greedy
 
     def __post_init__(self):
-        most = dict(anneal=1, warmup=1, dropout=0.99, label_dropout=0.99, betas=1, grid_size=128)
+        most = dict(anneal=1, warmup=1, dropout=.99, label_dropout=.99, betas=.9999, grid_size=128)
         for name, value in vars(self).items():
             if isinstance(value, list):  # as argparse and JSON have it
                 setattr(self, name, tuple(value))
