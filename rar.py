@@ -6,26 +6,26 @@
     python rar.py sample             draws new pictures with the newest run
     python rar.py eval               its bits per token on held-out pictures
 
-A tokenizer (tokenizer.py) replaces each patch of a picture by a token: the number of the codebook
-entry that stands for it. A transformer learns to predict the tokens one by one, as a language model
-predicts words. New pictures are drawn from it.
+A tokenizer (tokenizer.py) replaces each cell of a picture, a patch of pixels, by a token: the
+number of the codebook entry that stands for it. A transformer learns to predict the tokens one by
+one, as a language model predicts words. New pictures are drawn from it.
 
 In which order? Row by row ("raster"), a token is predicted only from what is above it and to its
 left. Random orders teach a model to use context from all sides, but there are too many to master.
 So RAR starts with random orders and ends with raster order. The probability r of a random order is
-1 for half of the training, falls to 0 in the third quarter, and stays there. The paper's FID (lower
-is better) is 3.08 with raster order, 3.01 with random orders, and 2.18 with annealing (Table 2).
+1 for half of the training, falls to 0 in the third quarter, and stays there. In the paper, RAR-L's
+FID (less is better) is 3.08 in raster order, 3.01 in random orders, 2.18 with annealing (Table 2).
 
 One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order
 [2, 0, 1, 3] for cell 1. The model has seen the same in both, so it could only answer the same. A
-second position embedding, the target-aware one, tells it the next cell. Once the order is fixed, it
-adds nothing.
+second position embedding, the target-aware one, tells it the next cell. With a fixed order, the two
+could be one.
 
-A cell is a place in the picture, a slot a place in the sequence, and x_c the token of cell c. The
-sequence for the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1]:
+A slot is a place in the sequence, and x_c the token of cell c. The sequence for the cells
+[[0, 1], [2, 3]] in the order [2, 0, 3, 1] begins with a start token, cls, and the class:
 
     slot                          0        1        2        3        4
-    holds                        cls     class     x_2      x_0      x_3     (nothing follows x_1)
+    holds                        cls     class     x_2      x_0      x_3     (x_1 is not needed)
     row of pos_embed              0        1       2 + 2    2 + 0    2 + 3   (2 + its own cell)
     row of target_aware_...       -       2 + 2    2 + 0    2 + 3    2 + 1   (2 + the next cell)
     row of timesteps_...          0        1        2        3        4      (the slot)
@@ -57,12 +57,12 @@ def randomness(step, start, end):
     return (end - step) / (end - start)
 
 def sample_orders(batch, length, r, order=None, rng=None):
-    """Orders (B, T): [b, i] is the cell that comes i-th in sample b. Each is random with
+    """Orders (B, T): [b, i] is the cell that comes i-th in sample b. Each row is random with
     probability r, else `order` (T,), by default raster."""
     rng = rng or np.random.default_rng()
     order = np.arange(length) if order is None else np.asarray(order)
     is_random = rng.random((batch, 1)) < r
-    # The places of sorted noise are a random permutation.
+    # Sorting noise gives a random permutation.
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, order))
 
@@ -72,9 +72,9 @@ def causal(q, k, v, dropout):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 class Block(nn.Module):
-    """A transformer block with adaLN, the adaptive LayerNorm of DiT. A linear layer maps class +
-    slot embedding to six vectors, the modulation: a shift and a scale for the input of attention, a
-    gate for its output, and the same for the MLP."""
+    """A transformer block with adaLN, as in DiT. A linear layer maps class + slot embedding to six
+    vectors, the modulation: a shift and a scale for the input of attention, a gate for its output,
+    and the same for the MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -93,7 +93,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, modulation, attend=causal):
-        """(B, S, D) -> (B, S, D), under modulation (B, S, 6D)."""
+        """(B, S, D) -> (B, S, D), under modulation (B, S, 6D). Section 5 attends with a cache."""
         q, k, v = self.before(x, modulation)
         attended = attend(q, k, v, self.dropout.p if self.training else 0.0)
         return self.after(x, attended, modulation)
@@ -152,14 +152,12 @@ class RAR(nn.Module):
         # adaLN needs class and slot alone. With few classes, it runs once for each class.
         few = self.config.num_classes < len(labels)
         classes = torch.arange(self.config.num_classes + 1).to(labels) if few else labels
+        pick = partial(torch.index_select, dim=0, index=labels) if few else nn.Identity()
         condition = self.condition(classes, 0, x.shape[1])
-        parts = (*self.blocks, self.adaln_before_head)
-        modulations = (part.adaLN_modulation(condition) for part in parts)
-        if few:
-            modulations = (each.index_select(0, labels) for each in modulations)
         for block in self.blocks:
-            x = block(x, next(modulations))
-        return self.head(x, next(modulations))[:, 1:]  # without slot 0
+            x = block(x, pick(block.adaLN_modulation(condition)))
+        x = self.head(x, pick(self.adaln_before_head.adaLN_modulation(condition)))
+        return x[:, 1:]  # without slot 0
 
     def prompt(self, labels):
         """What slots 0 and 1 hold: (B, 2, D)."""
@@ -197,8 +195,8 @@ def training_loss(model, tokens, labels, orders):
 # ---- 3. Sampling, slowly
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
-    are drawn from u + g (c - u), with logits c given the class and u without it. It rises from 1 to
-    `scale`, the later the larger `power` is; with power 0 it is `scale` throughout."""
+    are drawn from u + g (c - u), with logits c given the class and u without it. g rises from 1 to
+    `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
@@ -213,14 +211,14 @@ def draw(logits, temperature, uniforms):
 
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
-    """Tokens (B, T), in cell order, of pictures of classes labels (B,). uniforms and orders are
-    (B, T): [b, i] decides draw i of picture b. Each draw runs the whole sequence. Attention is
+    """Draw tokens (B, T), in cell order, for labels (B,). orders[b, i] is the cell of draw i of
+    picture b, and uniforms[b, i] decides the draw. Each draw runs the whole sequence. Attention is
     causal, so tokens that are not drawn yet (0) change nothing."""
     no_class = torch.full_like(labels, model.config.num_classes)
     tokens = torch.zeros_like(orders)
     for t in range(orders.shape[1]):
         logits = model(tokens, labels, orders)[:, t]  # (B, V)
-        if scale != 0:  # 0 is no guidance
+        if scale not in (0, 1):  # these are no guidance
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
             logits = unconditional + g * (logits - unconditional)
@@ -241,20 +239,21 @@ def make_optimizer(model, config):
     decayed = dict(params=[], weight_decay=config.weight_decay)
     others = dict(params=[], weight_decay=0.0)
     for name, parameter in model.named_parameters():
-        # Trap: adaln_before_head has an "ln" in its name, blocks.*.adaLN_modulation has none.
+        # Trap: adaln_before_head is spared by its "ln", blocks.*.adaLN_modulation is not.
         is_spared = parameter.ndim < 2 or "ln" in name or "embed" in name
         group = others if is_spared else decayed
         group["params"].append(parameter)
     return torch.optim.AdamW([decayed, others], betas=config.betas, fused=True)
 
-@lru_cache(maxsize=2)  # 12.8 million rows take 0.7 s
-def shuffled(count, seed, number):
-    """The order in which pass `number` visits the rows."""
-    return np.random.default_rng((seed, number, 1)).permutation(count)
+@lru_cache(maxsize=2)  # the 12.8 million rows of ImageNet take 0.7 s
+def shuffled(count, seed, epoch):
+    """The order in which an epoch visits the rows."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(count)  # 1: not as in an update
 
 def whole_batch(rows, config, step, order=None):
-    """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order. Seed and
-    step decide all of it: tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, r."""
+    """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order. Returns
+    tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. Seed and step decide
+    all of it, so a run can be stopped and go on."""
     B, N, steps = config.batch, len(rows), config.steps
     index = [shuffled(N, config.seed, i // N)[i % N] for i in range(step * B, (step + 1) * B)]
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
@@ -274,7 +273,7 @@ def update(model, optimizer, config, step):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)  # in their memory, for DDP would hold it twice
+    optimizer.zero_grad(set_to_none=False)  # so that gradients stay where DDP sums them
     return norm, lr
 
 def train_plainly(model, rows, config):
@@ -303,17 +302,18 @@ AHEAD = 32  # slots whose modulations are made together
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
     """As generate_slowly, with a cache. uniforms and orders are random and raster by default. known
-    (B, T), in cell order, holds tokens that stay, or -1. Scale 0 or 1 is no guidance."""
+    (B, T), in cell order, holds tokens that stay, or -1. """
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
-    drawn, K = torch.full_like(orders, -1), 0  # in slot order
-    if known is not None:  # waits for the device, as CUDA graphs can't
+    drawn, K = torch.full_like(orders, -1), 0  # in the order of drawing; the first K are known
+    if known is not None:  # int() waits for the device, so there is no CUDA graph then
         drawn = known.to(device).expand(B, T).gather(1, orders)
         come_first = (drawn >= 0).all(dim=0).int().cumprod(0)  # (T,), in all pictures
         K = min(int(come_first.sum()), T - 1)
 
-    # With guidance every picture is two sequences: all with their class, then all without.
+    # With guidance every picture is two sequences: all with their class, then all without, which
+    # share one entry of classes. row tells each sequence its entry.
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])
     row, copies = torch.arange(B, device=device), 1
     if scale not in (0, 1):
@@ -422,8 +422,8 @@ def draw_batch(rows, config, step, rank=0, processes=1):
 def train_step(network, optimizer, config, batch, step, autocast):
     """Make one update. Returns what is logged, as tensors, so that no GPU is waited for."""
     tokens, labels, orders, seeds, r = batch
-    device, sums = next(network.parameters()).device, 0
-    processes = config.batch // len(tokens)
+    device = next(network.parameters()).device
+    processes, sums = config.batch // len(tokens), 0
     for start in range(0, len(tokens), config.micro_batch):
         stop = start + config.micro_batch
         torch.manual_seed(int(seeds[start]))
@@ -650,7 +650,7 @@ def train_command(args, knobs, device, autocast):
     chosen = dict(num_classes=len(names), class_names=names)
     if data == "shapes":
         chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
-    elif preset == "small":  # a codebook or a training too long would learn few ones by heart
+    elif preset == "small":  # few photographs would be learned by heart
         chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
     config = dataclasses.replace(PRESETS[preset], **chosen | knobs)
     scan_order(config.order, config.grid_size)  # refuses a wrong name
