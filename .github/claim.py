@@ -4,7 +4,7 @@
 
 DIR holds train/CLASS/PICTURE and val/CLASS/PICTURE. Each run is a `python rar.py train` in
 runs/claim/, one on each core that this process may use. What came out goes to claim.json, from
-which claim_figures.py draws the figures and prints the tables of the README.
+which claim_figures.py draws the figures and prints the tables of claim.md.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Draws claim_bits.png and claim_when.png from claim.json, and prints the tables of the README.
+"""Draws claim_bits.png and claim_when.png from claim.json, and prints the tables of claim.md.
 
     python .github/claim_figures.py        a second
 """
