@@ -13,13 +13,13 @@ one, as a language model predicts words. New pictures are drawn from it.
 In which order? Row by row ("raster"), a token is predicted only from what is above it and to its
 left. Random orders teach a model to use context from all sides, but there are too many to master.
 So RAR starts with random orders and ends with raster order. The probability r of a random order is
-1 for half of the training, falls to 0 in the third quarter, and stays there. In the paper, RAR-L's
-FID (less is better) is 3.08 in raster order, 3.01 in random orders, 2.18 with annealing (Table 2).
+1 for half of the training, falls to 0 in the third quarter, and stays there. The FID of the paper's
+RAR-L, a distance to real pictures, is 3.08 with raster order, 3.01 with random ones, 2.18 annealed.
 
 One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order
 [2, 0, 1, 3] for cell 1. The model has seen the same in both, so it could only answer the same. A
 second position embedding, the target-aware one, tells it the next cell. With a fixed order, the two
-could be one.
+could be added up into one.
 
 A slot is a place in the sequence, and x_c the token of cell c. The sequence for the cells
 [[0, 1], [2, 3]] in the order [2, 0, 3, 1] begins with a start token, cls, and the class:
@@ -28,7 +28,7 @@ A slot is a place in the sequence, and x_c the token of cell c. The sequence for
     holds                        cls     class     x_2      x_0      x_3     (x_1 is not needed)
     row of pos_embed              0        1       2 + 2    2 + 0    2 + 3   (2 + its own cell)
     row of target_aware_...       -       2 + 2    2 + 0    2 + 3    2 + 1   (2 + the next cell)
-    row of timesteps_...          0        1        2        3        4      (the slot)
+    row of timesteps_...          0        1        2        3        4      (slot, for adaLN)
     predicts                      -       x_2      x_0      x_3      x_1
 
 Part I is the method: 1 orders, 2 model, 3 sampling, 4 training. Part II is the program: 5 sampling
@@ -72,9 +72,9 @@ def causal(q, k, v, dropout):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 class Block(nn.Module):
-    """A transformer block with adaLN, as in DiT. A linear layer maps class + slot embedding to six
-    vectors, the modulation: a shift and a scale for the input of attention, a gate for its output,
-    and the same for the MLP."""
+    """A transformer block that is told class and slot by adaLN, as in DiT. A linear layer maps the
+    sum of their embeddings to six vectors, the modulation: a shift and a scale for the input of
+    attention, a gate for its output, and the same for the MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -176,7 +176,7 @@ class RAR(nn.Module):
 
     def condition(self, labels, start, stop):
         """What adaLN is told in slots start .. stop - 1: (B, S, D)."""
-        # Trap: "timesteps" are slots, neither cells nor, as in diffusion, noise levels.
+        # Slot 1 of the prompt is the class. Trap: "timesteps" are slots, not steps in time.
         return self.prompt(labels)[:, 1:] + self.timesteps_embeddings[:, start:stop]
 
     def head(self, x, modulation):
@@ -201,7 +201,7 @@ def guidance_weight(step, steps, scale, power):
 
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature): the first whose cumulative
-    probability exceeds uniforms (B,). With torch.multinomial, a picture depends on its batch."""
+    probability exceeds uniforms (B,), random numbers from 0 to 1, one for each picture."""
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
@@ -550,8 +550,8 @@ def resume(folder, config, model, optimizer):
     return done
 
 # ---- 7. Settings
-FREE = ("micro_batch", "compile", "log_every", "save_every", "scale", "power", "temperature")
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
+FREE = ("micro_batch", "compile", "log_every", "save_every", *SAMPLING[2:])
 
 @dataclasses.dataclass
 class Config:
@@ -587,7 +587,7 @@ class Config:
     compile: bool = False  # use torch.compile, for GPUs
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
-    # These decide what a sample is like. The last three may change, too.
+    # These decide what a sample is like. All but order and seed may change, too.
     order: str = "raster"  # order of cells; a wrong name lists all
     seed: int = 0  # of weights, batches, samples
     scale: float = 16.0  # guidance at the last token; 0 is none
@@ -599,11 +599,11 @@ class Config:
         for name, value in vars(self).items():
             if isinstance(value, list):  # as argparse and JSON have it
                 setattr(self, name, tuple(value))
-            low = int(type(getattr(Config, name)) is int and name != "seed")
-            high, flag = most.get(name, 2**63 - 1), tok.flag_of(name)
+            default, high = getattr(Config, name), most.get(name, 2**63 - 1)
+            low = int(type(default) is int and default > 0)
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:  # or it is NaN
-                    raise UserError(f"{flag} must be from {low} to {high}, not {number}")
+                    raise UserError(f"{tok.flag_of(name)} must be {low} to {high}, not {number}")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
         if self.min_lr > self.lr:
