@@ -54,7 +54,7 @@ LABELS = torch.tensor([2, 6, 7])
 NO_CLASS = torch.full((3,), 10)
 RASTER = torch.arange(16).expand(3, 16)
 PLAIN = torch.autocast("cpu", enabled=False)
-torch.set_num_threads(1)  # as in processes of torchrun, whose results can then be the same
+torch.set_num_threads(1)  # as in torchrun's processes
 
 def closed_form(model):
     """Fill the model with weights that depend on nothing but names, shapes and a sine."""
@@ -354,11 +354,11 @@ def at_step(monkeypatch, number, do):
     monkeypatch.setattr(rar, "train_step", train_step)
 
 def refused(arguments, capsys, last_line=False, main=rar.main):
-    """Run a command that must fail: exit code 2, one line on stderr (or as its end). Returns it."""
+    """Run a command that must fail: exit code 2, one line on stderr (or its last). Returns it."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    line = error.splitlines()[-1]  # and after a progress bar that wiped itself away
+    line = error.splitlines()[-1]
     assert error.endswith(f"{line}\n") and line.startswith("error: "), error
     assert last_line or error.count("\n") == 1, error
     return line
@@ -798,7 +798,7 @@ sys.exit(rar.main())
                           capture_output=True, text=True, env=os.environ | places)
 
 def test_two_processes_and_then_one(photographs):
-    """First rank 1 fails, and then it is stopped after five updates."""
+    """Rank 1 fails, and then it is stopped after five updates."""
     train = [*SMALL, "--steps", "8", "--save-every", "8", "--anneal", "0", "1"]
     train += ["--micro-batch", "4", "--out"]
     sample = [*NPZ, "--weights", "two", "--micro-batch", "4", "--out"]
@@ -832,7 +832,7 @@ if rar.main() == 130:
     assert result.returncode == 0 and "stopped and saved" in result.stderr, result.stderr
     assert result.stdout.count("two: ") == 1  # rank 0 alone talks
     did = [os.path.getsize(f"did-{rank}") for rank in (0, 1)]
-    assert min(did) > 24 and sum(did) - 2 * 40 - 2 * 3 in (2, 3, 4)  # what was cut off
+    assert min(did) > 24 and sum(did) - 2 * 40 - 2 * 3 in (2, 3, 4)  # cut off
     assert token_files() == files and log_of(Path("two"))[-1]["step"] == 5
     works(*sample, "x/")
     assert differing("x", "x.npz") <= 1
@@ -1202,6 +1202,7 @@ def test_kills(photographs):
                 left = rng.randint(1, 40)
                 if os.fork() == 0:
                     try:
+                        tok.tqdm.set_lock(threading.RLock())  # a killed child would keep ours
                         sys.addaudithook(strike)
                         os._exit(rar.main(command))
                     finally:
