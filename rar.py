@@ -251,9 +251,8 @@ def shuffled(count, seed, epoch):
     return np.random.default_rng((seed, epoch, 1)).permutation(count)  # 1: not as in an update
 
 def whole_batch(rows, config, step, order=None):
-    """The batch of update `step`, of rows (N, 1 + T): a class, then tokens in cell order. Returns
-    tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r. Seed and step decide
-    all of it, so a run can be stopped and go on."""
+    """The batch of update `step`, of rows (N, 1 + T) of a class and tokens in cell order. Seed
+    and step decide it: tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r."""
     B, N, steps = config.batch, len(rows), config.steps
     index = [shuffled(N, config.seed, i // N)[i % N] for i in range(step * B, (step + 1) * B)]
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
@@ -650,16 +649,17 @@ def train_command(args, knobs, device, autocast):
     chosen = dict(num_classes=len(names), class_names=names)
     if data == "shapes":
         chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
-    elif preset == "small":  # few photographs would be learned by heart
+    elif preset == "small":
         chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
+        if count < 2000:  # or they would be learned by heart
+            chosen |= dict(crops="ten", dropout=0.2)
     config = dataclasses.replace(PRESETS[preset], **chosen | knobs)
     scan_order(config.order, config.grid_size)  # refuses a wrong name
     if config.batch % tok.WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is not a multiple of {tok.WORLD_SIZE} processes")
     folder = Path(args.out or f"runs/{Path(data).resolve().name}-{preset}")
-    size, T = config.image_size, config.grid_size**2
-    print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {size}x{size} pixels, "
-          f"{T} tokens of {config.codebook_size}, {config.steps:,} updates")
+    print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {config.steps:,} updates, "
+          f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}")
     if preset == "small":
         print(f"about {config.steps / 160:.0f} minutes on two CPU cores; for better pictures: more "
               "--steps, --image-size 64 --grid-size 16, or a GPU of 16 GB")
