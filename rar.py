@@ -333,7 +333,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
             x = model.embeddings(drawn[:, t - 1]).repeat(copies, 1)[:, None]
             ahead = (t - K - 1) % AHEAD
             if ahead == 0:  # make those of the next slots: they need no tokens
-                tables = None  # or two sets of them would be in memory
+                tables = modulations = None  # or two sets of them would be in memory
                 condition = model.condition(classes, first, first + AHEAD)
                 tables = [layer(condition) for layer in layers]  # (B + 1, AHEAD, 6D or 2D)
             modulations = (table[row, ahead, None] for table in tables)
