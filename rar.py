@@ -695,7 +695,7 @@ def sample_command(args, knobs, device, autocast):
 
 def eval_command(args, knobs, device, autocast):
     model, config, folder = load_model(args.weights, knobs, device)
-    data = tok.open_data(config, folder, device)
+    data = tok.open_data(config, folder, device, held_out_only=True)
     print(f"{folder}: {in_words(config, evaluate(model, data.held_out, config, autocast))}")
 
 def load_model(path, knobs, device):

@@ -429,7 +429,7 @@ def class_numbers(texts, config, source):
             raise UserError(f"--classes {text}: the model of {source} knows {', '.join(known)}")
     return [known[text] for text in texts]
 
-def open_data(config, folder, device, fit=False):
+def open_data(config, folder, device, fit=False, held_out_only=False):
     """The Data of config.data, by the tokenizer.pt in the folder. With fit it is made first."""
     classes = len(class_names(config.data))
     if classes != config.num_classes:
@@ -462,7 +462,8 @@ def open_data(config, folder, device, fit=False):
     some = [file for _, file in train[::-(-len(train) // enough)]]
     tokenizer = tokenizer_for(lambda: crop_images(some, config.image_size))
     name = Path(config.data).resolve().name
-    train = encode_pictures(train, tokenizer, config.crops, device, f"{name}-train")
+    train = [] if held_out_only else encode_pictures(
+        train, tokenizer, config.crops, device, f"{name}-train")
     held_out = encode_pictures(held_out, tokenizer, "center", device, f"{name}-held-out")
     return Data(train, held_out, tokenizer, len(train) / CROPS[config.crops])
 
