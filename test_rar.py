@@ -230,6 +230,7 @@ def test_training(monkeypatch):
             batch = rar.draw_batch(ROWS, config, step)
             line = rar.train_step(model, optimizer, config, batch, step, PLAIN)
         assert {len(condition) for condition, in seen} == rows
+        assert torch.initial_seed() == batch[3][23 // micro_batch * micro_batch]
         logits = model(tokens, labels, orders)
         assert torch.allclose(logits, plain(tokens, labels, orders), atol=1e-3)
         assert [*map(float, line.values())] == pytest.approx(
@@ -279,7 +280,7 @@ def test_draw_batch_is_a_function_of_seed_and_step():
     assert (tokens.diff() == 1).all() and 0 < (labels == 10).sum() < 8
     spiral = dataclasses.replace(config, anneal=(0.0, 0.0), order="spiral_in")
     assert (rar.draw_batch(rows, spiral, 0)[2] == scan_order("spiral_in", 4)).all()
-    # every pass visits every row once, in its own order, which is made once
+    # a pass visits every row once, in its own order, made once
     rar.shuffled.cache_clear()
     visits = torch.cat([rar.draw_batch(rows, config, step)[0][:, 0] for step in range(5)])
     first, second = visits.split(20)
@@ -588,7 +589,7 @@ def test_train_on_photographs(photographs, monkeypatch, capsys):
     with pytest.raises(SystemError):
         rar.main(SMALL)
     works(*SMALL)
-    works("eval")  # which needs the held-out ones alone
+    works("eval")  # needs no others
     assert len(encoded) == 6
     assert len(made) == 2 * 40 + 1 + 2  # rows and marks; the rows of one picture were not marked
     assert capsys.readouterr().out.count("left out photos/cats/x") == 10
