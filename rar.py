@@ -588,7 +588,7 @@ class Config:
     save_every: int = 5000  # updates between checkpoints
     # These decide what a sample is like. All but order and seed may change, too.
     order: str = "raster"  # order of cells; a wrong name lists all
-    seed: int = 0  # of weights, batches, samples
+    seed: int = 0  # of weights and batches; for sample it is 1
     scale: float = 16.0  # guidance at the last token; 0 is none
     power: float = 2.75  # how late guidance sets in; 0 is at once
     temperature: float = 1.0  # of the draws; 0 is greedy
@@ -661,8 +661,8 @@ def train_command(args, knobs, device, autocast):
     print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {config.steps:,} updates, "
           f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}")
     if preset == "small":
-        print(f"about {config.steps / 160:.0f} minutes on two CPU cores; for better pictures: more "
-              "--steps, --image-size 64 --grid-size 16, or a GPU of 16 GB")
+        print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores; for better pictures: "
+              "more --steps, --image-size 64 --grid-size 16, or a GPU of 16 GB")
     with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
 
@@ -726,7 +726,7 @@ def find_weights(path):
     if path in tok.RELEASED_MODELS:
         return tok.fetch_released(path)
     runs = Path("runs").glob("*/weights.pt")
-    path = path or max(runs, key=lambda file: file.stat().st_mtime, default="runs")
+    path = path or max(runs, key=lambda file: file.stat().st_mtime, default="runs/*/weights.pt")
     path = Path(path, "weights.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"no weights file {path}: make one with python rar.py train")
@@ -759,7 +759,7 @@ def add_flags(command, function, names, on_cuda="tf32"):
 def run(argv):
     parser = tok.Parser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
-    train = commands.add_parser("train", help="train a model")
+    train = commands.add_parser("train", help="train a model", description="[defaults of RAR-B]")
     train.add_argument("--model", choices=PRESETS, help="preset of the settings [by the data]")
     train.add_argument("--out", help="folder of the run [runs/DATA-MODEL]")
     sample = commands.add_parser("sample", help="draw pictures")
