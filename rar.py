@@ -661,7 +661,7 @@ def train_command(args, knobs, device, autocast):
     print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {config.steps:,} updates, "
           f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}")
     if preset == "small":
-        print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores; for better pictures: "
+        print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores; better pictures: "
               "more --steps, --image-size 64 --grid-size 16, or a GPU of 16 GB")
     with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
         train(config, folder, device, autocast)
