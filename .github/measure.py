@@ -72,10 +72,12 @@ class Settings(dict):
 
 def build(name, batch=1, who="ours"):
     """A model, ours or the authors', and its Config."""
-    gc.collect()  # what the last one left behind
+    gc.collect()
     if CUDA:
         torch.compiler.reset()
-    config = dataclasses.replace(rar.PRESETS[name], batch=batch, micro_batch=batch)
+    classes = 10 if name == "tiny" else 1000
+    sizes = dict(batch=batch, micro_batch=batch, num_classes=classes)
+    config = dataclasses.replace(rar.PRESETS[name], **sizes)
     kind, sizes = rar.RAR, config
     if who == "theirs":
         sys.path.insert(0, ARGS.authors)
@@ -90,7 +92,7 @@ def build(name, batch=1, who="ours"):
     with DEVICE:
         model = kind(sizes).eval()
     for weight in [p for p in model.parameters() if p.ndim > 1]:
-        torch.nn.init.kaiming_normal_(weight)  # with gates of 0, blocks would do nothing
+        torch.nn.init.kaiming_normal_(weight)  # gates of 0 would idle
     return model, config
 
 # ---- 1. The fast path against the slow one, and the tests
@@ -136,7 +138,7 @@ def attention():
     rows, options = (2, 2) if SMALL else (256, 16), dict(device=DEVICE, dtype=torch.bfloat16)
     for width in (48, 64, 80, 88):
         q = torch.randn(*rows, 1, width, **options)
-        # Eight layers: one alone would stay in the GPU's cache.
+        # Eight layers: one would stay in a GPU's cache.
         layers = torch.randn(8, 2, *rows, 257, width, **options)
         for length in (64, 128, 256):
             cache = layers[..., :length, :]
@@ -165,7 +167,7 @@ def measured_limits(precision):
     return bandwidth, peak
 
 def least_seconds(model, config, precision, bandwidth, peak):
-    """The limit: for each token, weights are read or products made, and half a cache is read."""
+    """The limit: a token reads weights or makes products, and reads half a cache."""
     adaln = sum(p.numel() for block in model.blocks for p in block.adaLN_modulation.parameters())
     others = sum(p.numel() for p in model.blocks.parameters()) - adaln
     B, T, size = config.batch, config.grid_size**2, 2 if precision == "bfloat16" else 4
@@ -190,7 +192,7 @@ def sampler(limits, who, name, batch, precision):
     return lambda: next(batches), least
 
 def in_turn(make, limits, kinds, name, batch):
-    """Time the kinds in turn, so that all see one machine."""
+    """Time the kinds in turn."""
     for _ in range(ARGS.pairs):
         first = None
         for who, precision in kinds:
@@ -225,6 +227,7 @@ def trainer(peak, who, name, batch, precision):
             tokens, model.preprocess_condition(labels), orders=orders)[:, :-1]
     optimizer, autocast = rar.make_optimizer(model.train(), config), autocast_of(precision)
     rows = np.random.default_rng(0).integers(192, size=(10_000, 1 + config.grid_size**2))
+    rows[:, 0] %= config.num_classes
 
     def update():
         rar.train_step(model, optimizer, config, rar.draw_batch(rows, config, 1), 1, autocast)
