@@ -200,7 +200,7 @@ def in_turn(make, limits, kinds, name, batch):
                 continue
             call, least = make(limits, who, name, batch, precision)
             took = seconds(call)
-            del call  # and its memory
+            del call
             first = first or took
             title = f"{name}, {batch}, {precision}, {who}"
             figure(title, batch / took, "images/s")
@@ -264,7 +264,7 @@ def pictures():
     figure("encoder", count / seconds(encode), "pictures/s")
     figure("decoder", count / seconds(lambda: tokenizer.decode(tokens)), "pictures/s")
 
-# ---- 7. Raster, random or annealed orders (of shapes, if there are no --data)
+# ---- 7. Raster, random or annealed orders (of shapes without --data)
 def learning():
     flags = "--steps 1 --width 32".split() if SMALL else []
     if ARGS.data:
