@@ -12,17 +12,17 @@ one, as a language model predicts words. New pictures are drawn from it.
 
 In which order? Row by row ("raster"), a token is predicted only from what is above it and to its
 left. Random orders teach a model to use context from all sides, but there are too many to master.
-So RAR starts with random orders and ends with raster order. The probability r of a random order is
-1 for half of the training, falls to 0 in the third quarter, and stays there. The FID of the paper's
-RAR-L, a distance to real pictures, is 3.08 with raster order, 3.01 with random ones, 2.18 annealed.
+So RAR starts with random orders and ends with raster order. The probability of a random order is r.
+It is 1 for half of the training, then falls to 0 in the third quarter, and stays 0. The paper's FID
+of RAR-L (less is better) is 3.08 in raster order, 3.01 in random orders, and 2.18 annealed.
 
-One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order
-[2, 0, 1, 3] for cell 1. The model has seen the same in both, so it could only answer the same. A
-second position embedding, the target-aware one, tells it the next cell. With a fixed order, the two
-could be added up into one.
+One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3. The order
+[2, 0, 1, 3] asks for cell 1. The model has seen the same in both, so it could only answer the same.
+A second position embedding, the target-aware one, tells it the next cell. With a fixed order, the
+two could be added up into one.
 
-A slot is a place in the sequence, and x_c the token of cell c. The sequence for the cells
-[[0, 1], [2, 3]] in the order [2, 0, 3, 1] begins with a start token, cls, and the class:
+A slot is a place in the sequence, and x_c the token of cell c. Below are the cells [[0, 1], [2, 3]]
+in the order [2, 0, 3, 1]. The sequence begins with a start token, cls, and the class.
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (x_1 is not needed)
@@ -134,7 +134,7 @@ class RAR(nn.Module):
         self.adaln_before_head = nn.ModuleDict({"adaLN_modulation": modulation})
         self.lm_head = nn.Linear(D, config.codebook_size)
 
-        std = 0.02 * max(1.0, math.sqrt(768 / D))  # with 0.02, narrow models learn far too slowly
+        std = 0.02 * max(1.0, math.sqrt(768 / D))  # with 0.02, narrow ones learn slowly
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and name != "cls_token":
                 nn.init.trunc_normal_(parameter, std=std)
@@ -204,7 +204,7 @@ def draw(logits, temperature, uniforms):
     probability exceeds uniforms (B,), random numbers from 0 to 1, one for each picture."""
     if temperature < 1e-30:
         return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # or a low temperature makes them infinite
+    logits = logits - logits.amax(-1, keepdim=True)  # so that none is infinite
     cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
     # By rounding, the last sum may be below 1, so uniforms are scaled by it.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
@@ -245,10 +245,10 @@ def make_optimizer(model, config):
         group["params"].append(parameter)
     return torch.optim.AdamW([decayed, others], betas=config.betas, fused=True)
 
-@lru_cache(maxsize=2)  # the 12.8 million rows of ImageNet take 0.7 s
+@lru_cache(maxsize=2)  # ImageNet's 12.8 million take 0.7 s
 def shuffled(count, seed, epoch):
-    """The order in which an epoch visits the rows."""
-    return np.random.default_rng((seed, epoch, 1)).permutation(count)  # 1: not as in an update
+    """The rows as an epoch visits them. The 1 keeps its numbers apart from an update's."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
 def whole_batch(rows, config, step, order=None):
     """The batch of update `step`, of rows (N, 1 + T) of a class and tokens in cell order. Seed
@@ -272,7 +272,7 @@ def update(model, optimizer, config, step):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)  # so that gradients stay where DDP sums them
+    optimizer.zero_grad(set_to_none=False)  # DDP sums them in place
     return norm, lr
 
 def train_plainly(model, rows, config):
@@ -305,8 +305,8 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
-    drawn, K = torch.full_like(orders, -1), 0  # in the order of drawing; the first K are known
-    if known is not None:  # int() waits for the device, so there is no CUDA graph then
+    drawn, K = torch.full_like(orders, -1), 0  # in slot order; K are known
+    if known is not None:  # int() waits, so there is no CUDA graph
         drawn = known.to(device).expand(B, T).gather(1, orders)
         come_first = (drawn >= 0).all(dim=0).int().cumprod(0)  # (T,), in all pictures
         K = min(int(come_first.sum()), T - 1)
@@ -333,7 +333,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
             x = model.embeddings(drawn[:, t - 1]).repeat(copies, 1)[:, None]
             ahead = (t - K - 1) % AHEAD
             if ahead == 0:  # make those of the next slots: they need no tokens
-                tables = modulations = None  # or two sets of them would be in memory
+                tables = modulations = None  # or memory holds two sets
                 condition = model.condition(classes, first, first + AHEAD)
                 tables = [layer(condition) for layer in layers]  # (B + 1, AHEAD, 6D or 2D)
             modulations = (table[row, ahead, None] for table in tables)
@@ -485,7 +485,7 @@ def train(config, folder, device, autocast):
                 line = {"step": done} | {name: float(value) for name, value in figures.items()}
                 line["passes"] = done * config.batch / data.images
                 if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                    raise UserError(f"update {done}: the loss or its gradient is NaN: lower --lr")
+                    raise UserError(f"update {done}: loss or gradient is NaN: lower --lr")
                 bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
             if milestone and tok.RANK == 0:
                 line |= evaluate(model.eval(), data.held_out, config, autocast)
@@ -601,14 +601,14 @@ class Config:
             default, high = getattr(Config, name), most.get(name, 2**63 - 1)
             low = int(type(default) is int and default > 0)
             for number in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(number, (int, float)) and not low <= number <= high:  # or it is NaN
+                if isinstance(number, (int, float)) and not low <= number <= high:  # or NaN
                     raise UserError(f"{tok.flag_of(name)} must be {low} to {high}, not {number}")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
         if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+            raise UserError("--min-lr is above --lr")
         if self.anneal[0] > self.anneal[1]:
-            raise UserError(f"--anneal {self.anneal[0]} {self.anneal[1]} ends before it starts")
+            raise UserError("--anneal ends before it starts")
 
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 
