@@ -430,7 +430,8 @@ def class_numbers(texts, config, source):
     return [known[text] for text in texts]
 
 def open_data(config, folder, device, fit=False, held_out_only=False):
-    """The Data of config.data, by the tokenizer.pt in the folder. With fit it is made first."""
+    """The Data of config.data, by the tokenizer.pt in the folder. With fit it is made first.
+    With held_out_only there is nothing to train on."""
     classes = len(class_names(config.data))
     if classes != config.num_classes:
         raise UserError(f"--data {config.data} has {classes} classes, not {config.num_classes}")
