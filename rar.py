@@ -6,39 +6,53 @@
     python rar.py sample             draws new pictures with the newest run
     python rar.py eval               its bits per token on held-out pictures
 
-A tokenizer (tokenizer.py) replaces each cell of a picture, a patch of pixels, by a token: the
-number of the codebook entry that stands for it. A transformer learns to predict the tokens one by
-one, as a language model predicts words. New pictures are drawn from it.
+A tokenizer (tokenizer.py) cuts a picture into a grid of cells and replaces each cell by a token:
+the number of the codebook entry that comes nearest. A transformer learns to predict the tokens one
+by one, as a language model predicts words. New pictures are drawn from it token by token.
 
-In which order? Row by row ("raster"), a token is predicted only from what is above it and to its
-left. Random orders teach a model to use context from all sides, but there are too many to master.
-So RAR starts with random orders and ends with raster order. The probability of a random order is r.
-It is 1 for half of the training, then falls to 0 in the third quarter, and stays 0. The paper's FID
-of RAR-L (less is better) is 3.08 in raster order, 3.01 in random orders, and 2.18 annealed.
+In which order? In raster order, row by row, a token is predicted only from what is above it and to
+its left. Random orders teach a model to use context from all sides. So RAR maximises, on average
+over pictures x and orders o, the sum over i of
 
-One thing is added. After cells 2 and 0, the order [2, 0, 3, 1] asks for cell 3. The order
-[2, 0, 1, 3] asks for cell 1. The model has seen the same in both, so it could only answer the same.
-A second position embedding, the target-aware one, tells it the next cell. With a fixed order, the
-two could be added up into one.
+    log p(x_o(i) | x_o(1), ..., x_o(i-1), class)
 
-A slot is a place in the sequence, and x_c the token of cell c. Below are the cells [[0, 1], [2, 3]]
-in the order [2, 0, 3, 1]. The sequence begins with a start token, cls, and the class.
+With probability r a picture's order is drawn from all T! orders, otherwise it is raster. r = 1 is
+the objective of permutation language models such as XLNet. But no model masters all orders, and to
+draw a picture one order is enough. So r is 1 for half of the training, falls to 0 in the third
+quarter, and stays there: the model ends on the order in which it will draw. The paper's FID of
+RAR-L (less is better) is 3.08 in raster order, 3.01 in random orders, and 2.18 annealed.
+
+Random orders need one more thing: the model must be told which cell is asked for. After cells 2
+and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. The model has
+seen the same in both, so without a word about the next cell it could only answer the same. A
+second position embedding, the target-aware one, tells it. In a fixed order the next cell follows
+from the present one, so after annealing both tables can be merged into one.
+
+A slot is a place in the sequence, and x_c is the token of cell c. Below are the cells
+[[0, 1], [2, 3]] in the order [2, 0, 3, 1]. The sequence begins with a start token, cls, and the
+class. These two are never permuted, because every token is to be predicted from the class.
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (x_1 is not needed)
-    row of pos_embed              0        1       2 + 2    2 + 0    2 + 3   (2 + its own cell)
-    row of target_aware_...       -       2 + 2    2 + 0    2 + 3    2 + 1   (2 + the next cell)
-    row of timesteps_...          0        1        2        3        4      (slot, for adaLN)
+    row of pos_embed              0        1     2 + [2]  2 + [0]  2 + [3]   (offset 2 + own cell)
+    row of target_aware_...       -     2 + [2]  2 + [0]  2 + [3]  2 + [1]   (offset 2 + next cell)
+    row of timesteps_...          0        1        2        3        4      (the slot, for adaLN)
     predicts                      -       x_2      x_0      x_3      x_1
 
-Part I is the method: 1 orders, 2 model, 3 sampling, 4 training. Part II is the program: 5 sampling
-with a cache, 6 training that resumes, 7 settings, 8 commands, 9 scan orders, CUDA graphs.
+Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II makes both loops fast and safe:
+5 scan orders, 6 sampling with a cache, 7 training that resumes. Part III is the program around
+them: 8 settings, 9 data, 10 commands, 11 processes and files.
 
 Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
 """
 
 import math
-from functools import lru_cache, partial
+import os
+from functools import lru_cache
+
+# OpenMP's threads spin while they wait for each other. Beside other programs an update of 0.06 s
+# then takes 2 s, with a shorter spin 0.17 s. Only GNU's OpenMP reads this, and only before torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -46,8 +60,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+
 # ---- Part I: RAR
+
 # ---- 1. Orders: random at first, then less and less
+
 def randomness(step, start, end):
     """r in update `step`: 1 before `start`, 0 from `end` on, a line between (Section 3.2)."""
     if step < start:
@@ -56,9 +73,10 @@ def randomness(step, start, end):
         return 0.0
     return (end - step) / (end - start)
 
+
 def sample_orders(batch, length, r, order=None, rng=None):
     """Orders (B, T): [b, i] is the cell that comes i-th in sample b. Each row is random with
-    probability r, else `order` (T,), by default raster."""
+    probability r, else it is `order` (T,), by default raster."""
     rng = rng or np.random.default_rng()
     order = np.arange(length) if order is None else np.asarray(order)
     is_random = rng.random((batch, 1)) < r
@@ -66,79 +84,104 @@ def sample_orders(batch, length, r, order=None, rng=None):
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, order))
 
+
 # ---- 2. The model: a causal transformer. Parameters have the names of the released weights
+
 def causal(q, k, v, dropout):
     """Attention of each slot to itself and the slots before it. All (B, H, S, D/H)."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
-class Block(nn.Module):
-    """A transformer block that is told class and slot by adaLN, as in DiT. A linear layer maps the
-    sum of their embeddings to six vectors, the modulation: a shift and a scale for the input of
-    attention, a gate for its output, and the same for the MLP."""
+
+class Attention(nn.Module):
+    """Multi-head attention. Queries and keys are normalised, which keeps large models stable."""
 
     def __init__(self, config):
         super().__init__()
         D, head_width = config.width, config.width // config.heads
         self.heads = config.heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.q_norm = nn.LayerNorm(head_width, eps=1e-6)
+        self.k_norm = nn.LayerNorm(head_width, eps=1e-6)
+        self.proj = nn.Linear(D, D)
         self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, attend):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, S, 3, H, D/H)
+        q, k, v = qkv.unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D/H)
+
+        x = attend(q, k, v, self.dropout.p if self.training else 0.0)
+        x = x.transpose(1, 2).flatten(2)  # (B, S, D)
+        return self.dropout(self.proj(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.dropout(F.gelu(self.fc1(x)))
+        return self.dropout(self.fc2(x))
+
+
+class Block(nn.Module):
+    """A transformer block that is told class and slot by adaLN, as in DiT: a linear layer maps
+    their embeddings to six vectors, the modulation. They shift and scale what enters attention
+    and MLP, and gate what leaves them. Unlike DiT's, the norms also have weights of their own,
+    because the released models do."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
-        self.attn = nn.ModuleDict({
-            "qkv": nn.Linear(D, 3 * D),
-            "q_norm": nn.LayerNorm(head_width, eps=1e-6),
-            "k_norm": nn.LayerNorm(head_width, eps=1e-6),
-            "proj": nn.Linear(D, D)})
+        self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
-        self.mlp = nn.ModuleDict({
-            "fc1": nn.Linear(D, config.mlp_width), "fc2": nn.Linear(config.mlp_width, D)})
+        self.mlp = MLP(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, modulation, attend=causal):
-        """(B, S, D) -> (B, S, D), under modulation (B, S, 6D). Section 5 attends with a cache."""
-        q, k, v = self.before(x, modulation)
-        attended = attend(q, k, v, self.dropout.p if self.training else 0.0)
-        return self.after(x, attended, modulation)
+        """(B, S, D) -> (B, S, D), under a modulation (B, S, 6D). It comes from outside, and so
+        does the function that attends, because sampling prepares both (section 6)."""
+        (shift_attn, scale_attn, gate_attn,
+         shift_mlp, scale_mlp, gate_mlp) = modulation.chunk(6, dim=-1)  # (B, S, D) each
+        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, attend)
+        x = x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+        return x
 
-    def before(self, x, modulation):
-        """Before attention: queries, keys and values (B, H, S, D/H)."""
-        shift, scale = modulation.chunk(6, dim=-1)[:2]  # (B, S, D) each
-        x = self.norm1(x) * (1 + scale) + shift
-        qkv = self.attn.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, S, 3, H, D/H)
-        q, k, v = qkv.unbind(2)
-        q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def after(self, x, attended, modulation):
-        """After attention: the output (B, S, D)."""
-        gate1, shift, scale, gate2 = modulation.chunk(6, dim=-1)[2:]
-        attended = attended.transpose(1, 2).flatten(2)  # (B, S, D)
-        x = x + gate1 * self.dropout(self.attn.proj(attended))
-        hidden = F.gelu(self.mlp.fc1(self.norm2(x) * (1 + scale) + shift))
-        return x + gate2 * self.dropout(self.mlp.fc2(self.dropout(hidden)))
 
 class RAR(nn.Module):
-    """p(picture | class), token by token. `embeddings` has rows for V tokens, an unused one, the
-    classes and "no class". Slot 0 predicts nothing, but the released weights have it."""
+    """p(picture | class), token by token, with the sizes of a Config (section 8)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         D, T = config.width, config.grid_size**2
+
+        # cls predicts nothing. The released models have it, so their weights fit only with it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        # One table for V tokens, one that is unused, the classes, and "no class".
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
-        # As long as the released tables: T + 2 rows are used.
+        # The released tables are longer than needed. Rows 0 to T + 1 of pos_embed are used, 2 to
+        # T + 1 of the target-aware one, 0 to T of timesteps.
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))
+
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
         self.adaln_before_head = nn.ModuleDict({"adaLN_modulation": modulation})
         self.lm_head = nn.Linear(D, config.codebook_size)
 
-        std = 0.02 * max(1.0, math.sqrt(768 / D))  # with 0.02, narrow ones learn slowly
+        # The authors' 0.02 suits 768 channels and more. Narrower models learn slowly with it.
+        std = 0.02 * max(1.0, math.sqrt(768 / D))
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and name != "cls_token":
                 nn.init.trunc_normal_(parameter, std=std)
-            # With gates of 0, blocks add nothing at first.
+            # adaLN starts at 0. Its gates are closed then, so at first a block passes x on.
             if "adaLN_modulation" in name or name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -146,87 +189,101 @@ class RAR(nn.Module):
         """Logits (B, T, V), of which [b, i] predicts tokens[b, orders[b, i]].
         tokens (B, T) in cell order; labels (B,), num_classes meaning "no class"; orders (B, T)."""
         in_order = tokens.gather(1, orders)
-        held = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
-        x = held + self.places(orders)  # (B, T + 1, D)
+        x = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
+        x = x + self.position_embeddings(orders)  # (B, T + 1, D)
 
-        # adaLN needs class and slot alone. With few classes, it runs once for each class.
-        few = self.config.num_classes < len(labels)
-        classes = torch.arange(self.config.num_classes + 1).to(labels) if few else labels
-        pick = partial(torch.index_select, dim=0, index=labels) if few else nn.Identity()
-        condition = self.condition(classes, 0, x.shape[1])
+        condition = self.condition(labels, 0, x.shape[1])
         for block in self.blocks:
-            x = block(x, pick(block.adaLN_modulation(condition)))
-        x = self.head(x, pick(self.adaln_before_head.adaLN_modulation(condition)))
-        return x[:, 1:]  # without slot 0
+            x = block(x, block.adaLN_modulation(condition))
+        logits = self.head(x, self.adaln_before_head.adaLN_modulation(condition))
+        return logits[:, 1:]  # Slot 0, cls, predicts nothing.
 
     def prompt(self, labels):
-        """What slots 0 and 1 hold: (B, 2, D)."""
+        """What the first two slots hold, cls and class: (B, 2, D)."""
         cls = self.cls_token.expand(len(labels), 1, -1)
         classes = self.embeddings(self.config.codebook_size + 1 + labels)
         return torch.cat([cls, classes[:, None]], dim=1)
 
-    def places(self, orders):
-        """Both position embeddings of all slots: (B, T + 1, D)."""
+    def position_embeddings(self, orders):
+        """Where the token of each slot lies, plus where the next one lies: (B, T + 1, D)."""
         rows = 2 + orders
         first_two = self.pos_embed[:, :2].expand(len(orders), -1, -1)
-        places = torch.cat([first_two, F.embedding(rows[:, :-1], self.pos_embed[0])], dim=1)
-        if self.config.target_aware:  # from slot 1 on
-            places[:, 1:] += F.embedding(rows, self.target_aware_pos_embed[0])
-        return places
+        own = F.embedding(rows[:, :-1], self.pos_embed[0])
+        embeddings = torch.cat([first_two, own], dim=1)
+        if self.config.target_aware:
+            # Slot 1, the class, already asks for a cell: the first one of the order.
+            embeddings[:, 1:] += F.embedding(rows, self.target_aware_pos_embed[0])
+        return embeddings
 
     def condition(self, labels, start, stop):
-        """What adaLN is told in slots start .. stop - 1: (B, S, D)."""
-        # Slot 1 of the prompt is the class. Trap: "timesteps" are slots, not steps in time.
-        return self.prompt(labels)[:, 1:] + self.timesteps_embeddings[:, start:stop]
+        """What adaLN is told in slots start .. stop - 1, class and slot: (B, stop - start, D)."""
+        classes = self.embeddings(self.config.codebook_size + 1 + labels)
+        # Trap: "timesteps" are slots, not steps in time.
+        return classes[:, None] + self.timesteps_embeddings[:, start:stop]
 
     def head(self, x, modulation):
-        """Logits (B, S, V) of x (B, S, D), under modulation (B, S, 2D)."""
+        """Logits (B, S, V) of x (B, S, D), under a modulation (B, S, 2D)."""
         scale, shift = modulation.chunk(2, dim=-1)  # Trap: here scale comes before shift.
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         return self.lm_head(x * (1 + scale) + shift)
 
+
 def training_loss(model, tokens, labels, orders):
-    """The mean cross entropy in nats, and the fraction of tokens predicted right."""
+    """The mean cross entropy in nats, and the fraction of tokens predicted right.
+
+    The loss begins near ln V, that of a guess among V tokens. It ends near 6 for the released
+    models, because textures can't be predicted, and near 0.44 for the drawn shapes."""
     logits = model(tokens, labels, orders)  # (B, T, V)
     targets = tokens.gather(1, orders)  # (B, T)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.argmax(-1) == targets).float().mean()
 
-# ---- 3. Sampling, slowly
+
+# ---- 3. Sampling, slowly. This loop and the next say what is right: tests hold part II to them
+
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
     are drawn from u + g (c - u), with logits c given the class and u without it. g rises from 1 to
     `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
+
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature): the first whose cumulative
     probability exceeds uniforms (B,), random numbers from 0 to 1, one for each picture."""
     if temperature < 1e-30:
         return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # so that none is infinite
+    # Without their maximum, logits stay finite when a small temperature divides them.
+    logits = logits - logits.amax(-1, keepdim=True)
     cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
     # By rounding, the last sum may be below 1, so uniforms are scaled by it.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
+
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
     """Draw tokens (B, T), in cell order, for labels (B,). orders[b, i] is the cell of draw i of
-    picture b, and uniforms[b, i] decides the draw. Each draw runs the whole sequence. Attention is
-    causal, so tokens that are not drawn yet (0) change nothing."""
+    picture b, and uniforms[b, i] decides the draw."""
     no_class = torch.full_like(labels, model.config.num_classes)
     tokens = torch.zeros_like(orders)
     for t in range(orders.shape[1]):
+        # Attention is causal, so the tokens that are not drawn yet, 0, change nothing.
         logits = model(tokens, labels, orders)[:, t]  # (B, V)
-        if scale not in (0, 1):  # these are no guidance
+
+        # 0 and 1 switch guidance off. (By the formula 0 would be the model without class; as in
+        # the authors' code it is not.)
+        if scale not in (0, 1):
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
             logits = unconditional + g * (logits - unconditional)
+
         token = draw(logits, temperature, uniforms[:, t])
         tokens.scatter_(1, orders[:, t:t + 1], token[:, None])
     return tokens
 
+
 # ---- 4. Training, plainly
+
 def learning_rate(step, steps, warmup, peak, floor):
     """A line from 0 to `peak` at update `warmup`, then half a cosine to `floor` at `steps`."""
     if step < warmup:
@@ -234,8 +291,9 @@ def learning_rate(step, steps, warmup, peak, floor):
     progress = (step - warmup) / max(steps - warmup, 1)
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
+
 def make_optimizer(model, config):
-    """AdamW, with weight decay where the authors have it."""
+    """AdamW, with weight decay where the authors have it: mostly on the matrices of blocks."""
     decayed = dict(params=[], weight_decay=config.weight_decay)
     others = dict(params=[], weight_decay=0.0)
     for name, parameter in model.named_parameters():
@@ -245,25 +303,27 @@ def make_optimizer(model, config):
         group["params"].append(parameter)
     return torch.optim.AdamW([decayed, others], betas=config.betas, fused=True)
 
-@lru_cache(maxsize=2)  # ImageNet's 12.8 million take 0.7 s
+
+@lru_cache(maxsize=2)  # A batch may lie in two epochs, and ImageNet's 12.8 million take 0.7 s.
 def shuffled(count, seed, epoch):
-    """The rows as an epoch visits them. The 1 keeps its numbers apart from an update's."""
+    """The rows as an epoch visits them. The 1 makes this another stream than that of the updates,
+    whose key is (seed, step)."""
     return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
-def whole_batch(rows, config, step, order=None):
-    """The batch of update `step`, of rows (N, 1 + T) of a class and tokens in cell order. Seed
-    and step decide it: tokens (B, T), labels (B,), orders (B, T), seeds (B,) for dropout, and r."""
-    B, N, steps = config.batch, len(rows), config.steps
+
+def whole_batch(rows, config, step, rng):
+    """Tokens (B, T) and labels (B,) of update `step`, of rows (N, 1 + T) that hold a class and
+    tokens in cell order. It is a function of seed and step, so a run can stop and go on."""
+    B, N = config.batch, len(rows)
     index = [shuffled(N, config.seed, i // N)[i % N] for i in range(step * B, (step + 1) * B)]
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
     labels, tokens = batch[:, 0], batch[:, 1:]
 
-    rng = np.random.default_rng((config.seed, step))
-    # Guidance compares with a model without class, so some samples lose theirs.
+    # Guidance compares with a model without class. To be one, too, the model sees some samples
+    # without theirs.
     labels[rng.random(B) < config.label_dropout] = config.num_classes
-    r = randomness(step, config.anneal[0] * steps, config.anneal[1] * steps)
-    orders = sample_orders(B, tokens.shape[1], r, order, rng)
-    return tokens, labels, orders, rng.integers(2**63, size=B), r
+    return tokens, labels
+
 
 def update(model, optimizer, config, step):
     """Make update `step` from the gradients. Returns their norm and the learning rate."""
@@ -272,292 +332,420 @@ def update(model, optimizer, config, step):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)  # DDP sums them in place
     return norm, lr
 
-def train_plainly(model, rows, config):
-    """Make all updates of a training on rows (N, 1 + T)."""
+
+def train_plainly(model, rows, config, order=None):
+    """Train on rows (N, 1 + T), first in random orders and in the end in `order` (T,), by default
+    raster. `step` counts the updates before, from 0 on. The log counts from 1."""
     optimizer = make_optimizer(model, config)
+    annealing = config.anneal[0] * config.steps, config.anneal[1] * config.steps
     for step in tqdm(range(config.steps), "training"):
-        tokens, labels, orders, _, _ = whole_batch(rows, config, step)
+        rng = np.random.default_rng((config.seed, step))
+        tokens, labels = whole_batch(rows, config, step, rng)
+        r = randomness(step, *annealing)
+        orders = sample_orders(*tokens.shape, r, order, rng)
+
         loss, _ = training_loss(model, tokens, labels, orders)
         loss.backward()
         update(model, optimizer, config, step)
+        optimizer.zero_grad()
 
-# ---- Part II: the program
-import argparse
-import dataclasses
-import inspect
+
+# You have read RAR. What follows makes it fast and safe.
+# ---- Part II: the two loops, fast
+
 import json
-import re
 from pathlib import Path
 
-import tokenizer as tok
-from tokenizer import UserError
+from tokenizer import CROPS, UserError, replacing, save_grid
 
-# ---- 5. Sampling with a cache: the same tokens, but each slot runs once
-AHEAD = 32  # slots whose modulations are made together
+
+# ---- 5. Scan orders: the five others of the paper
+
+@lru_cache
+def scan_order(name, grid_size):
+    """The cells (T,) in the order in which a scan of Fig. 6 visits them; cell = row * N + column.
+    The pictures tell when each cell has its turn; spiral_out is spiral_in backwards.
+
+      alternate       spiral_in       subsample        z_curve
+     0  1  2  3      0 11 10  9      0  4  1  5      0  1  4  5
+     7  6  5  4      1 12 15  8      8 12  9 13      2  3  6  7
+     8  9 10 11      2 13 14  7      2  6  3  7      8  9 12 13
+    15 14 13 12      3  4  5  6     10 14 11 15     10 11 14 15
+    """
+    N, half = grid_size, (grid_size + 1) // 2
+    grid = np.arange(N * N).reshape(N, N)
+    orders = {"raster": grid.flatten()}
+    rows = [row[::-1] if number % 2 else row for number, row in enumerate(grid)]
+    orders["alternate"] = np.concatenate(rows)
+
+    # Go down the left side, take it away, and turn the rest so that its next side is on the left.
+    spiral, rest = [], grid.T
+    while rest.size:
+        spiral.extend(rest[0])
+        rest = np.rot90(rest[1:])
+    orders |= {"spiral_in": np.array(spiral), "spiral_out": np.array(spiral[::-1])}
+
+    # The first cell of each quarter, then the second of each. Trap: lexsort's last key counts most.
+    row, column = np.divmod(np.arange(N * N), N)
+    orders["subsample"] = np.lexsort((column // half, row // half, column % half, row % half))
+
+    # The bits of row and column in turn: quarter by quarter, and within each likewise.
+    bits = [(number[:, None] >> np.arange(8) & 1) << 2 * np.arange(8) for number in (row, column)]
+    orders["z_curve"] = (2 * bits[0] + bits[1]).sum(1).argsort()
+
+    if name not in orders:
+        raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
+    return torch.from_numpy(orders[name])
+
+
+# ---- 6. Sampling with a cache: the same tokens, but each slot runs once
+
+class Cache:
+    """The keys and values of one block, for all slots that have run."""
+
+    def __init__(self, slots):
+        self.slots, self.filled = slots, 0
+
+    def attend(self, q, k, v, dropout):
+        """Attention of new slots to themselves and the slots before. All (B, H, S, D/H)."""
+        first, self.filled = self.filled, self.filled + k.shape[2]
+        if first == 0:
+            # Under autocast v is bfloat16, but k comes out of a norm as float32: keep it as v is.
+            shape = *v.shape[:2], self.slots, v.shape[3]
+            self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
+        self.keys[:, :, first:self.filled] = k
+        self.values[:, :, first:self.filled] = v
+        if first == 0:
+            return causal(q, k, v, dropout)
+
+        # One new slot sees all before, so there is no mask. PyTorch's attention is made for many
+        # queries. For one, two matrix products take half of its time or less on a GPU.
+        keys, values = self.keys[:, :, :self.filled], self.values[:, :, :self.filled]
+        scores = (q * q.shape[-1]**-0.5) @ keys.mT  # (B, H, 1, slots)
+        return scores.softmax(-1) @ values
+
+
+AHEAD = 32  # slots for which adaLN runs at once
+
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
-    """As generate_slowly, with a cache. uniforms and orders are random and raster by default. known
-    (B, T), in cell order, holds tokens that stay, or -1. """
+    """As generate_slowly, but with a cache. By default uniforms are random and orders raster.
+    known (B, T), in cell order, holds tokens that are given, or -1. The cells before them in an
+    order don't see them, so known cells should come first."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
-    drawn, K = torch.full_like(orders, -1), 0  # in slot order; K are known
-    if known is not None:  # int() waits, so there is no CUDA graph
-        drawn = known.to(device).expand(B, T).gather(1, orders)
-        come_first = (drawn >= 0).all(dim=0).int().cumprod(0)  # (T,), in all pictures
-        K = min(int(come_first.sum()), T - 1)
+    known = torch.tensor(-1, device=device) if known is None else known
+    known = known.expand(B, T).gather(1, orders)
+    tokens = torch.empty_like(orders)  # both in the order of drawing
 
-    # With guidance every picture is two sequences: all with their class, then all without, which
-    # share one entry of classes. row tells each sequence its entry.
-    classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])
-    row, copies = torch.arange(B, device=device), 1
-    if scale not in (0, 1):
-        row, copies = torch.cat([row, torch.full_like(row, B)]), 2
-    places = model.places(orders)  # (B, T + 1, D)
-    layers = [part.adaLN_modulation for part in (*model.blocks, model.adaln_before_head)]
-    caches = [{} for _ in model.blocks]
+    # With guidance every picture is two sequences: all with their class, then all without. Those
+    # without share a row of adaLN's tables, and row_of tells each sequence its row.
+    copies = 2 if scale not in (0, 1) else 1
+    classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
+    row_of = torch.arange(B, device=device)
+    if copies == 2:
+        row_of = torch.cat([row_of, torch.full_like(row_of, B)])  # (copies * B,)
+    position_embeddings = model.position_embeddings(orders)  # (B, T + 1, D)
+    caches = [Cache(T + 1) for _ in model.blocks]
 
-    for t in range(K, T):
-        if t == K:  # run slots 0 .. K + 1: the prompt and the known tokens
-            first = 0
-            held = model.embeddings(drawn[:, :K]).repeat(copies, 1, 1)
-            x = torch.cat([model.prompt(classes[row]), held], dim=1)
-            condition = model.condition(classes, 0, K + 2)  # (B + 1, K + 2, D)
-            modulations = (layer(condition)[row] for layer in layers)
-        else:  # run slot t + 1, which holds the newest token
-            first = t + 1
-            x = model.embeddings(drawn[:, t - 1]).repeat(copies, 1)[:, None]
-            ahead = (t - K - 1) % AHEAD
-            if ahead == 0:  # make those of the next slots: they need no tokens
-                tables = modulations = None  # or memory holds two sets
-                condition = model.condition(classes, first, first + AHEAD)
-                tables = [layer(condition) for layer in layers]  # (B + 1, AHEAD, 6D or 2D)
-            modulations = (table[row, ahead, None] for table in tables)
-        x = x + places[:, first:t + 2].repeat(copies, 1, 1)  # (copies * B, S, D)
-        for block, cache in zip(model.blocks, caches):
-            x = block(x, next(modulations), partial(attend_cached, cache, first, T + 1))
-        with torch.autocast(device.type, enabled=False):  # guidance would amplify rounding
-            logits = model.head(x[:, -1:], next(modulations)[:, -1:].float())[:, 0]
+    x = model.prompt(classes[row_of])  # first slots 0 and 1, then a slot a turn
+    for t in range(T):
+        first, last = (t + 1 if t else 0), t + 1
+        x = x + position_embeddings[:, first:last + 1].repeat(copies, 1, 1)
+
+        # adaLN is a third of all weights, and it needs class and slot only. So its layers run for
+        # 32 slots at once: their weights are read 32 times less often. All 256 at once would take
+        # 14 GB for 128 pictures of RAR-B, 32 take 1.7.
+        if first % AHEAD == 0:
+            # Let go of the old tables first, or both sets are in memory while the new are made.
+            tables = table = head_table = None
+            condition = model.condition(classes, first, first + AHEAD)
+            tables = [block.adaLN_modulation(condition) for block in model.blocks]
+            head_table = model.adaln_before_head.adaLN_modulation(condition)
+        slots = slice(first % AHEAD, last % AHEAD + 1)
+
+        for block, table, cache in zip(model.blocks, tables, caches):
+            x = block(x, table[row_of, slots], cache.attend)
+        with torch.autocast(device.type, enabled=False):  # Guidance would amplify rounding.
+            modulation = head_table[row_of, slots][:, -1:].float()
+            logits = model.head(x[:, -1:].float(), modulation)[:, 0]
 
         if copies == 2:
             conditional, unconditional = logits.chunk(2)
             g = guidance_weight(t, T, scale, power)
             logits = unconditional + g * (conditional - unconditional)  # (B, V)
         token = draw(logits, temperature, uniforms[:, t])
-        drawn[:, t] = torch.where(drawn[:, t] < 0, token, drawn[:, t])
-    return torch.empty_like(drawn).scatter_(1, orders, drawn)
+        token = torch.where(known[:, t] < 0, token, known[:, t])
+        tokens[:, t] = token
+        x = model.embeddings(token).repeat(copies, 1)[:, None]  # (copies * B, 1, D)
+    return torch.empty_like(tokens).scatter_(1, orders, tokens)
 
-def attend_cached(cache, first, slots, q, k, v, dropout):
-    """Attention of the slots from `first` on to themselves and the cached slots before."""
-    stop, is_prompt = first + k.shape[2], first == 0
-    if is_prompt:  # make room for all slots; autocast makes k float32, but not v
-        cache["both"] = v.new_empty(2, *v.shape[:2], slots, v.shape[3])
-    keys, values = cache["both"][:, :, :, :stop]
-    keys[:, :, first:], values[:, :, first:] = k, v
-    # After the prompt there is one slot, and it sees all.
-    return F.scaled_dot_product_attention(q, keys, values, is_causal=is_prompt)
-
-def pack(model):
-    """Store the weights of linear layers as oneDNN wants them: a CPU draws twice as fast."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and torch.backends.mkldnn.is_available():
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-            layer.forward = partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias,
-                                    attr="none", scalars=[], algorithm="")
-            layer.weight = None
-
-def compile_halves(model):
-    """Fuse what each block does before and after attention, which alone knows lengths."""
-    for block in model.blocks:
-        block.before, block.after = torch.compile(block.before), torch.compile(block.after)
 
 def image_uniforms(seed, numbers, length):
-    """Uniforms (B, length) that depend on the seed and the pictures' numbers alone."""
+    """Uniforms (B, length) that depend only on the seed and the pictures' numbers."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
+
 
 def image_orders(config, numbers, known=None):
     """The orders (B, T) of pictures. Cells whose token is known come first."""
     T = config.grid_size**2
-    if config.order == "random":  # the first T uniforms of a picture decide its draws
+    if config.order == "random":
+        # The first T uniforms of a picture decide its draws, the next T its order.
         orders = image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1, stable=True)
     else:
         orders = scan_order(config.order, config.grid_size).expand(len(numbers), T)
     if known is not None:
         is_open = (known[orders] < 0).int()
-        orders = orders.gather(1, is_open.argsort(dim=1, stable=True))  # sorted: 0 before 1
+        orders = orders.gather(1, is_open.argsort(dim=1, stable=True))  # 0 before 1
     return orders
 
-def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
-    """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Picture i depends on
-    labels[i], weights, settings and i alone. known (T,) holds tokens that all are given, or -1."""
-    device = model.cls_token.device
-    numbers = range(len(labels)) if numbers is None else numbers
 
-    def draw_all(labels, uniforms, orders):
+def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
+    """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Picture i depends only on
+    labels[i], weights, settings and i. known (T,) holds tokens that all are given, or -1."""
+    device = model.cls_token.device
+    numbers = list(range(len(labels)) if numbers is None else numbers)
+
+    def draw_all(labels, uniforms, orders, known):
         with autocast:
             return generate(model, labels, config.scale, config.power, config.temperature,
                             uniforms=uniforms, orders=orders, known=known)
 
-    if device.type == "cuda" and known is None:
-        draw_all = recorded(draw_all)
+    is_recorded = device.type == "cuda" and len(numbers) > config.micro_batch
     for start in tqdm(range(0, len(numbers), config.micro_batch), "sampling", leave=False):
-        part = list(numbers[start:start + config.micro_batch])
-        uniforms = image_uniforms(config.seed, part, config.grid_size**2)
-        inputs = labels[part], uniforms, image_orders(config, part, known)
-        yield torch.tensor(part), draw_all(*[x.to(device) for x in inputs])
+        part = numbers[start:start + config.micro_batch]
+        # A recording has one size, so the last batch is filled up.
+        fill = part[-1:] * (config.micro_batch - len(part)) if is_recorded else []
+        uniforms = image_uniforms(config.seed, part + fill, config.grid_size**2)
+        orders = image_orders(config, part + fill, known)
+        given = torch.tensor(-1) if known is None else known
+        inputs = [x.to(device) for x in (labels[part + fill], uniforms, orders, given)]
+        if is_recorded and start == 0:
+            draw_all = recorded(draw_all, *inputs)
+        yield torch.tensor(part), draw_all(*inputs)[:len(part)]
 
-# ---- 6. Training: the same updates, resumable, on any number of GPUs
+
+def recorded(function, *inputs):
+    """The function as a CUDA graph for inputs of these shapes: a GPU runs small kernels faster
+    than Python can start them."""
+    function(*inputs)  # Libraries prepare themselves in a first call, which can't be recorded.
+    graph = torch.cuda.CUDAGraph()
+    # Only this thread is watched, because NCCL has threads that may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = function(*inputs)
+
+    def replay(*others):
+        for x, other in zip(inputs, others):
+            x.copy_(other)
+        graph.replay()
+        return output.clone()
+    return replay
+
+
+# ---- 7. Training: the same updates, on any number of GPUs, and a run that can be continued
+
 def draw_batch(rows, config, step, rank=0, processes=1):
-    """The share of process `rank` in a whole_batch."""
-    *batch, r = whole_batch(rows, config, step, scan_order(config.order, config.grid_size))
+    """The share of process `rank` in update `step`: tokens, labels, orders, and r."""
+    rng = np.random.default_rng((config.seed, step))
+    tokens, labels = whole_batch(rows, config, step, rng)
+    r = randomness(step, config.anneal[0] * config.steps, config.anneal[1] * config.steps)
+    orders = sample_orders(*tokens.shape, r, scan_order(config.order, config.grid_size), rng)
     mine = slice(rank * config.batch // processes, (rank + 1) * config.batch // processes)
-    return *[x[mine] for x in batch], r
+    return tokens[mine], labels[mine], orders[mine], r
+
 
 def train_step(network, optimizer, config, batch, step, autocast):
-    """Make one update. Returns what is logged, as tensors, so that no GPU is waited for."""
-    tokens, labels, orders, seeds, r = batch
+    """Make update `step`, micro-batch by micro-batch, with a batch of draw_batch. Returns loss and
+    accuracy, gradient norm (all tensors, so that nothing waits for the GPU) and learning rate."""
+    tokens, labels, orders, _ = batch
     device = next(network.parameters()).device
-    processes, sums = config.batch // len(tokens), 0
+    sums = torch.zeros(2, device=device)
     for start in range(0, len(tokens), config.micro_batch):
         stop = start + config.micro_batch
-        torch.manual_seed(int(seeds[start]))
-        inputs = [tok.send(x[start:stop], device) for x in (tokens, labels, orders)]
+        inputs = [send(x[start:stop], device) for x in (tokens, labels, orders)]
         fraction = len(inputs[0]) / config.batch
         # As DDP.no_sync does it: only the last micro-batch exchanges gradients.
         network.require_backward_grad_sync = stop >= len(tokens)
         with autocast:
             loss, accuracy = training_loss(network, *inputs)
         # DDP averages gradients. We want their sum, as each loss is a fraction of the batch's.
-        (loss * fraction * processes).backward()
-        sums = sums + fraction * torch.stack([loss.detach(), accuracy])
+        (loss * fraction * WORLD_SIZE).backward()
+        sums += fraction * torch.stack([loss.detach(), accuracy])
+
     norm, lr = update(network, optimizer, config, step)
-    loss, accuracy = tok.sum_over_processes(sums)
-    return dict(loss=loss, accuracy=accuracy, r=r, lr=lr, gradient_norm=norm)
+    optimizer.zero_grad(set_to_none=False)  # In place, because they are views of DDP's buckets.
+    loss, accuracy = sum_over_processes(sums)
+    return loss, accuracy, norm, lr
+
+
+def send(tensor, device):
+    """The tensor on the device. From pinned memory it is copied while Python goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
 
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
-    """Bits per token and accuracy on rows (N, 1 + T), in the final and random orders."""
-    rows, result = torch.from_numpy(rows.astype(np.int64)), {}
-    order = scan_order(config.order, config.grid_size)
-    for name, r in (("final_order", 0), ("random_order", 1)):
-        rng, sums = np.random.default_rng(0), 0
-        orders = sample_orders(len(rows), len(order), r, order, rng)
+    """Bits per token on rows (N, 1 + T), in the final and in random orders."""
+    rows = torch.from_numpy(rows.astype(np.int64))
+    order, device = scan_order(config.order, config.grid_size), model.cls_token.device
+    model.eval()
+    bits = {}
+    for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
+        # For all rows at once, because orders must not depend on the micro-batch.
+        orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
+        nats = 0
         for part in torch.arange(len(rows)).split(config.micro_batch):
-            inputs = [x[part].to(model.cls_token.device) for x in (rows[:, 1:], rows[:, 0], orders)]
+            inputs = [x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
             with autocast:
-                sums = sums + len(part) * torch.stack(training_loss(model, *inputs))
-        nats, accuracy = (sums / len(rows)).tolist()
-        result |= {f"{name}_bits": nats / math.log(2), f"{name}_accuracy": accuracy}
-    return result
+                # Not the model itself, which would be compiled once more for this.
+                loss, _ = training_loss(model.forward, *inputs)
+            nats += loss.item() * len(part)
+        bits[name] = nats / len(rows) / math.log(2)
+    return bits
 
-def train(config, folder, device, autocast):
+
+def in_words(config, bits):
+    return (f"held-out {bits['final_order_bits']:.3f} bits/token in {config.order} order, "
+            f"{bits['random_order_bits']:.3f} bits/token in random order")
+
+
+def train(config, folder, tokenizer, rows, held_out, device, autocast):
     """Make the updates that the run in `folder` still lacks."""
     torch.manual_seed(config.seed)
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
-    done = resume(folder, config, model, optimizer)
+    done, log = resume(folder, model, optimizer)
     if config.init and done == 0:
-        load_init(model, config.init)
-    data = tok.open_data(config, folder, device, fit=done == 0)
+        load_init(model, config)
+
+    if config.compile:
+        model.compile()  # in place, so parameters keep their names
     network = model
-    if tok.WORLD_SIZE > 1:
+    if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=not config.target_aware)
-    if config.compile:
-        compile_halves(model)
+
     annealing_starts = math.ceil(config.anneal[0] * config.steps)
     bar = tqdm(range(done, config.steps), "training", config.steps, initial=done)
-    with bar, tok.noting_signals() as signals:
+    with bar, noting_signals() as signals:
         for step in bar:
-            batch = draw_batch(data.train, config, step, tok.RANK, tok.WORLD_SIZE)
-            figures = train_step(network.train(), optimizer, config, batch, step, autocast)
+            batch = draw_batch(rows, config, step, RANK, WORLD_SIZE)
+            # Dropout is decided by seed, step and rank, so a run that is continued has the same.
+            torch.manual_seed(hash((config.seed, step, RANK)))
+            model.train()
+            loss, accuracy, norm, lr = train_step(
+                network, optimizer, config, batch, step, autocast)
 
             done = step + 1
-            stopping = tok.in_any_process(signals)
+            stopping = in_any_process(signals)
             milestone = done % config.save_every == 0 or done in (annealing_starts, config.steps)
             logged = milestone or done == 1 or done % config.log_every == 0
-            if logged or stopping:  # only here is the device waited for
-                line = {"step": done} | {name: float(value) for name, value in figures.items()}
-                line["passes"] = done * config.batch / data.images
-                if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                    raise UserError(f"update {done}: loss or gradient is NaN: lower --lr")
-                bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
-            if milestone and tok.RANK == 0:
-                line |= evaluate(model.eval(), data.held_out, config, autocast)
+            if not (logged or stopping):
+                continue
+
+            # Only from here on does Python wait for the GPU.
+            line = dict(step=done, loss=float(loss), accuracy=float(accuracy), r=batch[-1], lr=lr,
+                        gradient_norm=float(norm),
+                        passes=done * config.batch * CROPS[config.crops] / len(rows))
+            if not math.isfinite(line["loss"] + line["gradient_norm"]):
+                raise UserError(f"update {done}: loss or gradient is NaN. The last checkpoint is "
+                                "good: run the same command with a lower --lr")
+            bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
+            if RANK == 0 and milestone:
+                line |= evaluate(model, held_out, config, autocast)
                 bar.write(f"update {done}: {in_words(config, line)}")
-                save_preview(folder, done, model, data, config, autocast)
-            if logged and tok.RANK == 0:
-                with tok.writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            if (milestone or stopping) and tok.RANK == 0:
-                save_checkpoint(folder, done, model, optimizer, annealing_starts)
+                save_preview(folder, done, model, tokenizer, config, autocast)
+            if RANK == 0 and logged:  # A stop has no line, so a continued run has the same log.
+                log.append(line)
+                write_text(folder / "log.jsonl", "".join(json.dumps(each) + "\n" for each in log))
+            if RANK == 0 and (milestone or stopping):
+                save_checkpoint(folder, done, model, optimizer, log, annealing_starts)
             if stopping:
-                raise KeyboardInterrupt("stopped and saved; the same command goes on")
-    print(f"finished: look at {folder}/step-{config.steps:06}.png\nnext: python rar.py sample")
+                wait_for_all()  # or else torchrun might end rank 0 while it saves
+                raise KeyboardInterrupt("stopped and saved: run the same command to continue")
 
-def in_words(config, result):
-    return (f"held-out {result['final_order_bits']:.3f} bits/token in {config.order} order, "
-            f"{result['random_order_bits']:.3f} bits/token in random order")
 
-def save_preview(folder, done, model, data, config, autocast):
+def save_preview(folder, done, model, tokenizer, config, autocast):
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
     batches = sample_tokens(model, labels, config, autocast)
-    images = [data.tokenizer.decode(tokens).cpu() for _, tokens in batches]
-    tok.save_grid(folder / f"step-{done:06}.png", torch.cat(images), config.class_names)
+    images = [tokenizer.decode(tokens).cpu() for _, tokens in batches]
+    names = config.class_names or range(config.num_classes)
+    save_grid(folder / f"step-{done:06}.png", torch.cat(images), names)
+
 
 def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
 
-def save_checkpoint(folder, done, model, optimizer, annealing_starts):
-    """Keep the last two and the one where annealing starts."""
+
+def save_checkpoint(folder, done, model, optimizer, log, annealing_starts):
+    """Keep the last two, and the one where annealing starts: its model knows every order."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    state = dict(updates=done, model=weights, optimizer=optimizer.state_dict())
-    tok.write_tensors(folder / f"checkpoint-{done:07}.pt", state)
-    tok.write_tensors(folder / "weights.pt", weights)
+    state = dict(updates=done, model=weights, optimizer=optimizer.state_dict(), log=log)
+    write_tensors(folder / f"checkpoint-{done:07}.pt", state)
+    write_tensors(folder / "weights.pt", weights)
     for path in checkpoints(folder)[2:]:
         if path.name != f"checkpoint-{annealing_starts:07}.pt":
             path.unlink(missing_ok=True)
 
-def resume(folder, config, model, optimizer):
-    """Load the newest checkpoint, if any. Returns how many updates it has had."""
-    found, done = checkpoints(folder), 0
-    weights, log = folder / "weights.pt", folder / "log.jsonl"
-    if found:
-        for name, old in vars(read_config(folder, config)).items():
-            if old != getattr(config, name) and name not in FREE:
-                raise UserError(f"{folder} has {tok.flag_of(name)} {old}: name another --out")
-        state = tok.read_tensors(found[0])
-        with tok.reading(found[0], "is no checkpoint of a run"):
-            done = state["updates"]
-            optimizer.load_state_dict(state["optimizer"])
-            tok.load_strictly(model, state["model"], found[0])
-        if tok.RANK == 0:  # a kill may have come between the two files
-            tok.write_tensors(weights, state["model"])
-    elif weights.exists():
-        raise UserError(f"{weights} has no checkpoint beside it: name another --out")
-    if tok.RANK == 0:
-        tok.write_json(folder / "config.json", dataclasses.asdict(config))
-    if tok.RANK == 0 and log.exists():  # what follows the checkpoint is made again
-        lines = [x for x in log.read_text().splitlines(True) if x.endswith("}\n")]
-        with tok.replacing(log) as beside:
-            beside.write_text("".join(x for x in lines if json.loads(x)["step"] <= done))
-    return done
 
-# ---- 7. Settings
-SAMPLING = ("order", "seed", "scale", "power", "temperature")
-FREE = ("micro_batch", "compile", "log_every", "save_every", *SAMPLING[2:])
+def resume(folder, model, optimizer):
+    """Load the newest checkpoint, if any. Returns how many updates it has had, and its log."""
+    found = checkpoints(folder)
+    if not found:
+        return 0, []
+    state = read_tensors(found[0])
+    if "log" not in state:
+        raise UserError(f"{found[0]} is of an earlier edition: choose another --out")
+    load_state(model, state["model"], found[0])
+    optimizer.load_state_dict(state["optimizer"])
+    if RANK == 0:  # A kill may have come between these two files.
+        write_tensors(folder / "weights.pt", state["model"])
+    return state["updates"], state["log"]
+
+
+# What follows holds nothing about RAR. It is the program around the two loops.
+# ---- Part III: the program
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import inspect
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+if os.name == "posix":  # Windows has no such module.
+    import fcntl
+
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.mkldnn import to_mkldnn
+
+from tokenizer import (
+    SHAPES, SHAPES_HELD_OUT, SHAPES_TRAIN, PatchTokenizer, class_folders, draw_shapes,
+    encode_shards, fetch, fingerprint, import_jsonl, join_shards, known_tokens, labelled_pictures,
+    load, read_ahead, read_crops, released_tokenizer, to_float, to_uint8)
+
+
+# ---- 8. Settings
 
 @dataclasses.dataclass
 class Config:
     """The settings of a run, by default RAR-B's (Tables 1, 4, 6). What has a comment is a flag."""
     num_classes: int = 1000
     class_names: tuple = ()
-    data: str = "shapes"  # shapes, or a folder of class folders
+    data: str = "shapes"  # shapes, a folder of class folders, or a .jsonl of tokens
     image_size: int = 256  # pixels a side
     crops: str = "ten"  # of photographs: ten, flip (two) or center
     photographs: int = 10**9  # at most so many, evenly from all classes
@@ -581,36 +769,33 @@ class Config:
     weight_decay: float = 0.03  # AdamW's weight decay
     betas: tuple = (0.9, 0.96)  # AdamW's betas
     clip: float = 1.0  # largest norm of the gradients
-    # These may change when a run goes on.
-    micro_batch: int = 64  # in memory at once; sample takes 128 on GPUs of 40 GB
+    micro_batch: int = 64  # samples in memory at once
     compile: bool = False  # use torch.compile, for GPUs
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
-    # These decide what a sample is like. All but order and seed may change, too.
     order: str = "raster"  # order of cells; a wrong name lists all
     seed: int = 0  # of weights and batches; for sample it is 1
-    scale: float = 16.0  # guidance at the last token; 0 is none
+    scale: float = 16.0  # guidance at the last token; 0 and 1 are none
     power: float = 2.75  # how late guidance sets in; 0 is at once
-    temperature: float = 1.0  # of the draws; 0 is greedy
+    temperature: float = 1.0  # of the draws; 0 takes the likeliest token
 
     def __post_init__(self):
-        most = dict(anneal=1, warmup=1, dropout=.99, label_dropout=.99, betas=.9999, grid_size=128)
-        for name, value in vars(self).items():
-            if isinstance(value, list):  # as argparse and JSON have it
-                setattr(self, name, tuple(value))
-            default, high = getattr(Config, name), most.get(name, 2**63 - 1)
-            low = int(type(default) is int and default > 0)
-            for number in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(number, (int, float)) and not low <= number <= high:  # or NaN
-                    raise UserError(f"{tok.flag_of(name)} must be {low} to {high}, not {number}")
+        for name in ("anneal", "betas", "class_names"):  # argparse and JSON make lists.
+            setattr(self, name, tuple(getattr(self, name)))
+        if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
+            raise UserError("--anneal wants two fractions of training, in order")
+        if not 0 <= self.min_lr <= self.lr:  # or NaN
+            raise UserError("--min-lr must be from 0 to --lr")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
-        if self.min_lr > self.lr:
-            raise UserError("--min-lr is above --lr")
-        if self.anneal[0] > self.anneal[1]:
-            raise UserError("--anneal ends before it starts")
 
+
+# The help of a flag is the comment of its field. Reading the source for it is a hack, but a second
+# list of all flags would be worse.
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
+SAMPLING = ("order", "seed", "scale", "power", "temperature")
+MAY_CHANGE = ("lr", "min_lr", "clip", "micro_batch", "compile", "log_every", "save_every",
+              "scale", "power", "temperature")
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
                    grid_size=8, tokenizer="patch", warmup=0.05, log_every=20)
@@ -629,82 +814,267 @@ PRESETS = {  # with micro-batches for 80 GB
                       scale=8.0, power=1.2, temperature=1.02),
 }
 
-def read_config(folder, default):
-    path = folder / "config.json"
-    with tok.reading(path):
-        return Config(**tok.read_json(path)) if path.exists() else default
 
-# ---- 8. Commands
-def train_command(args, knobs, device, autocast):
-    data, gpu = knobs.get("data", "shapes"), tok.gpu_gigabytes(device) >= 16
-    names = tok.class_names(data)
-    count = 0 if data == "shapes" else len(tok.labelled_pictures(data)[0])
-    choices = [
-        ("tiny", "drawn shapes", data == "shapes"),
-        ("RAR-B", "1000 classes and a GPU", gpu and len(names) == 1000),
-        ("RAR-S", "2,000 photographs or more and a GPU", gpu and count >= 2000),
-        ("small", "photographs without a GPU of 16 GB", True)]
-    preset, why = next((preset, why) for preset, why, fits in choices if fits)
-    preset = args.model or preset
-    chosen = dict(num_classes=len(names), class_names=names)
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def read_config(folder):
+    """The Config in a run's folder, or None. What other editions have besides is left out."""
+    path = Path(folder, "config.json")
+    if path.exists():
+        settings = json.loads(path.read_text())
+        return Config(**{name: settings[name] for name in vars(Config()) if name in settings})
+
+
+def continued(folder, given):
+    """The Config of a run that goes on. Flags that are given change it, if they may."""
+    config = read_config(folder) or Config()
+    changed = dataclasses.replace(config, **given)
+    for name, old in vars(config).items():
+        new = getattr(changed, name)
+        if new != old and name not in MAY_CHANGE:
+            raise UserError(f"{folder} has {flag_of(name)} {str(old)[:60]}: choose another --out")
+        if new != old:
+            print(f"{folder}: {flag_of(name)} was {old} and is {new} from now on")
+    return changed
+
+
+# ---- 9. Data
+
+def find_data(data):
+    """The names of the classes, and (class, path) pairs to train on and held out, if it has any."""
     if data == "shapes":
-        chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
-    elif preset == "small":
-        chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
-        if count < 2000:  # or they would be learned by heart
-            chosen |= dict(crops="ten", dropout=0.2)
-    config = dataclasses.replace(PRESETS[preset], **chosen | knobs)
-    scan_order(config.order, config.grid_size)  # refuses a wrong name
-    if config.batch % tok.WORLD_SIZE:
-        raise UserError(f"--batch {config.batch} is not a multiple of {tok.WORLD_SIZE} processes")
-    folder = Path(args.out or f"runs/{Path(data).resolve().name}-{preset}")
-    print(f"{folder}: --model {preset} for {why}: {len(names)} classes, {config.steps:,} updates, "
-          f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}")
-    if preset == "small":
-        print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores; better pictures: "
-              "more --steps, --image-size 64 --grid-size 16, or a GPU of 16 GB")
-    with tok.locked(folder / ".lock", f"{folder} is in use by another training: wait"):
-        train(config, folder, device, autocast)
+        return tuple(SHAPES), [], []
+    if data.endswith(".jsonl"):
+        return (), [], []
+    return tuple(folder.name for folder in class_folders(data)), *labelled_pictures(data)
 
-def sample_command(args, knobs, device, autocast):
-    knobs = dict(micro_batch=128 if tok.gpu_gigabytes(device) >= 40 else 64) | knobs
-    model, config, folder = load_model(args.weights, knobs, device)
-    classes = tok.class_numbers(args.classes, config, folder)
+
+def evenly(items, most):
+    """At most so many items, evenly from all of them, and so from all classes."""
+    count = min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def make_tokenizer(config, train):
+    """The tokenizer of a new run. "patch" is fitted to the data."""
+    if config.tokenizer != "patch":
+        is_released = config.tokenizer == "released"
+        return load(released_tokenizer() if is_released else config.tokenizer)
+    images = draw_shapes(SHAPES_TRAIN)  # (N, 3, 32, 32)
+    if config.data != "shapes":
+        some = evenly(train, min(2000, 10**8 // (3 * config.image_size**2)))
+        images = read_crops([path for _, path in some], config.image_size)
+    return PatchTokenizer.fit(images, config.grid_size, config.codebook_size)
+
+
+def open_tokenizer(config, folder):
+    """The tokenizer of the weights in a folder: its tokenizer.pt, or else the released one."""
+    path = folder / "tokenizer.pt"
+    if not path.exists() and not read_config(folder):
+        path = released_tokenizer()
+    tokenizer = load(path)
+    for name in ("grid_size", "codebook_size"):
+        found, wanted = getattr(tokenizer, name), getattr(config, name)
+        if found != wanted:
+            raise UserError(f"{path} has {flag_of(name)} {found}, but the model {wanted}")
+    return tokenizer
+
+
+def open_rows(config, train, held_out, tokenizer, device):
+    """Rows to train on and held-out ones, uint16 (N, 1 + T): a class, then tokens in cell order."""
+    if config.data == "shapes":
+        images = draw_shapes(SHAPES_TRAIN + SHAPES_HELD_OUT)
+        tokens = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in images.split(500)])
+        labels = np.arange(len(images)) % len(SHAPES)
+        rows = np.column_stack([labels, tokens]).astype(np.uint16)
+        return rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:]
+
+    source = Path(config.data).resolve()
+    if source.suffix == ".jsonl":
+        sizes = config.num_classes, config.grid_size**2, config.codebook_size
+        key = fingerprint(nn.Module(), sizes, source.stat().st_size, source.stat().st_mtime_ns)
+        paths = [Path(f"runs/tokens/{source.stem}-{part}-{key}.npy") for part in ("train", "held")]
+        if RANK == 0 and not paths[0].exists():
+            import_jsonl(source, *paths, *sizes)
+        wait_for_all()
+        return [np.load(path, mmap_mode="r") for path in paths]
+
+    train, held_out = evenly(train, config.photographs), evenly(held_out, 500)
+    return (encoded(train, tokenizer, config.crops, f"{source.name}-train") if train else train,
+            encoded(held_out, tokenizer, "center", f"{source.name}-held-out"))
+
+
+def encoded(pictures, tokenizer, crops, name):
+    """The rows of (class, path) pairs: all crops of a picture, then those of the next. They are
+    made once, by all processes together, and kept in runs/tokens."""
+    # A file that was changed is another picture, so its size and time belong to the key.
+    files = [(number, str(path), path.stat().st_size, path.stat().st_mtime_ns)
+             for number, path in pictures]
+    key = fingerprint(tokenizer, crops, files)
+    path = Path(f"runs/tokens/{name}-{key}.npy")
+    if in_any_process(not path.exists()):
+        shards = path.with_suffix(".shards")
+        encode_shards(pictures, tokenizer, crops, shards, RANK, WORLD_SIZE)
+        wait_for_all()
+        # Another program may have made the same rows meanwhile, and removed the shards.
+        if RANK == 0 and not path.exists():
+            join_shards(shards, path)
+        wait_for_all()
+    return np.load(path, mmap_mode="r")
+
+
+# ---- 10. Commands
+
+def train_command(args, given, device, autocast):
+    if "data" in given:
+        given["data"] = str(Path(given["data"]))  # "photos/" is the same folder as "photos"
+    run = read_config(args.out) if args.out else None
+    data = given.get("data", run.data if run else "shapes")
+    names, pictures, held_out = find_data(data)
+
+    preset = "small"
+    if data == "shapes":
+        preset = "tiny"
+    elif not pictures or len(names) == 1000 and device.type == "cuda":
+        preset = "RAR-B"
+    preset = args.model or preset
+    stem = Path(data).resolve().name.removesuffix(".jsonl")
+    folder = Path(args.out or f"runs/{stem}-{preset}")
+
+    given |= dict(num_classes=len(names) or 1000, class_names=names, data=data)
+    if checkpoints(folder):
+        config = continued(folder, given)
+    else:
+        chosen = {}
+        if data == "shapes":
+            chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
+        elif preset == "small":
+            count = len(pictures)
+            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
+            if count < 2000:  # or they would be memorised
+                chosen |= dict(crops="ten", dropout=0.2)
+        config = dataclasses.replace(PRESETS[preset], **chosen | given)
+    scan_order(config.order, config.grid_size)  # A wrong name is refused before the long work.
+
+    print(f"{folder}: --model {preset}, {config.num_classes} classes, {config.steps:,} updates, "
+          f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}")
+    if preset == "small" and not args.model:
+        print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores. Better pictures: "
+              "more --steps, --image-size 64 --grid-size 16, or on a GPU --model RAR-B --init "
+              "RAR-B --anneal 0 0 --steps 5000 --batch 256 --lr 5e-5")
+    with locked(folder):
+        if RANK == 0:
+            if not checkpoints(folder):
+                tokenizer = make_tokenizer(config, pictures)
+                write_tensors(folder / "tokenizer.pt", tokenizer.state_dict())
+            write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        wait_for_all()
+        tokenizer = open_tokenizer(config, folder).to(device)
+        rows, held_out = open_rows(config, pictures, held_out, tokenizer, device)
+        train(config, folder, tokenizer, rows, held_out, device, autocast)
+    print(f"finished: look at {folder}/step-{config.steps:06}.png\n"
+          f"next: python rar.py sample --weights {folder}")
+
+
+def sample_command(args, given, device, autocast):
+    model, config, folder = load_model(args.weights, given, device)
+    tokenizer = open_tokenizer(config, folder).to(device)
+    names = config.class_names or [str(i) for i in range(config.num_classes)]
+    number_of = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    for name in args.classes or []:
+        if name not in number_of:
+            raise UserError(f"--classes {name}: choose from {len(names)}: {', '.join(names[:20])}")
+    classes = [number_of[name] for name in args.classes or names]
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
-    tokenizer = tok.tokenizer_of(config, folder).to(device)
-    known, before = tok.known_tokens(args.complete, args.keep, tokenizer, device)
-    final = scan_order(read_config(folder, Config()).order, config.grid_size)
+
+    columns, before, known = [names[number] for number in classes], [], None
+    if bool(args.complete) != bool(args.keep):
+        raise UserError("--complete PICTURE and --keep X0 Y0 X1 Y1 need each other")
+    if args.complete:
+        known, before = known_tokens(args.complete, args.keep, tokenizer)
+        columns = ["picture", "kept", *[names[number] for number in labels]]
+    final = scan_order((read_config(folder) or config).order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
         print("these weights are annealed to another order: take a checkpoint from before that")
 
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
-        classes=classes, precision=args.precision, weights=tok.digest_of(model),
-        tokenizer=tok.digest_of(tokenizer), known=None if known is None else known.tolist())
-    if knobs.get("compile"):
-        compile_halves(model)
-    elif device.type == "cpu" and args.precision == "float32":
-        pack(model)
-    path, store, missing = tok.open_samples(args.out, folder, count, tokenizer.image_size, settings)
-    batches = sample_tokens(model, labels, config, autocast, missing, known)
-    tok.save_samples(store, ((part, tokenizer.decode(tokens)) for part, tokens in batches))
-    names = config.class_names or range(config.num_classes)
-    columns = labels.tolist() if args.complete else classes
-    tok.pack_samples(path, store, count, [names[c] for c in columns], before)
+        classes=classes, precision=args.precision, weights=fingerprint(model),
+        tokenizer=fingerprint(tokenizer), known=None if known is None else known.tolist())
+    path = Path(args.out or folder / f"samples-{fingerprint(nn.Module(), settings, count)}.png")
+    store = folder_of_pngs(path, args.out, settings)
+    files = [store / f"{number:06}.png" for number in range(count)]
+    missing = [number for number in range(count) if not files[number].exists()]
+
+    if device.type == "cpu" and args.precision == "float32":
+        to_mkldnn(model.blocks)  # For a few rows, oneDNN's products are faster than MKL's.
+    batches = sample_tokens(model, labels, config, autocast, missing[RANK::WORLD_SIZE], known)
+    with ThreadPoolExecutor() as pool:  # Pillow compresses while the next batch is drawn.
+        jobs = []
+        for numbers, tokens in batches:
+            pixels = to_uint8(tokenizer.decode(tokens))
+            list(jobs)  # raises what went wrong in the batch before
+            jobs = pool.map(save_png, [files[number] for number in numbers], pixels)
+        list(jobs)
+    wait_for_all()
+
+    if RANK == 0 and path != store:
+        # Threads read them, because Pillow frees the GIL.
+        pixels = np.empty((count, tokenizer.image_size, tokenizer.image_size, 3), np.uint8)
+        for i, picture in enumerate(read_ahead(files, None, purpose="packing")):
+            pixels[i] = picture.result()
+        if path.suffix == ".png":
+            save_grid(path, torch.stack([*before, *to_float(pixels)]), columns)
+        else:
+            with replacing(path) as beside, open(beside, "wb") as file:
+                np.savez(file, arr_0=pixels)
+        shutil.rmtree(store)
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
-def eval_command(args, knobs, device, autocast):
-    model, config, folder = load_model(args.weights, knobs, device)
-    data = tok.open_data(config, folder, device, held_out_only=True)
-    print(f"{folder}: {in_words(config, evaluate(model, data.held_out, config, autocast))}")
 
-def load_model(path, knobs, device):
+def folder_of_pngs(path, out, settings):
+    """The folder for numbered PNGs, of which the grid or .npz at `path` is made in the end. Its
+    settings.json says how they were made, so that the same command can continue."""
+    is_folder = path.is_dir() or (out or "").endswith("/")
+    store = path if is_folder else Path(f"{path}.parts")
+    about, text = store / "settings.json", json.dumps(settings)
+    if not is_folder and path.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder/")
+    if out and not is_folder and path.exists():
+        raise UserError(f"{path} is there already: choose another --seed or --out")
+    if any(store.glob("*.png")) and not (about.exists() and about.read_text() == text):
+        raise UserError(f"{store} has pictures made with other settings: choose another --out")
+    wait_for_all()  # Nobody writes before all have looked.
+    if RANK == 0:
+        write_text(about, text)
+    return store
+
+
+def save_png(path, pixels):
+    with replacing(path) as beside:
+        Image.fromarray(pixels).save(beside, "PNG", compress_level=1)
+
+
+def eval_command(args, given, device, autocast):
+    model, config, folder = load_model(args.weights, given, device)
+    names, _, held_out = find_data(config.data)
+    if names and len(names) != config.num_classes:
+        raise UserError(f"--data {config.data} has {len(names)} classes, "
+                        f"and the model {config.num_classes}")
+    tokenizer = open_tokenizer(config, folder).to(device)
+    _, rows = open_rows(config, [], held_out, tokenizer, device)
+    print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
+
+
+def load_model(path, given, device):
     """The model at a path, its Config and folder. Sizes are read off the weights. Other settings
-    are those of knobs, of the config.json beside them, or of the preset of that size."""
+    are those given, those of the config.json beside them, or of the preset of that size."""
     path = find_weights(path)
-    checkpoint = tok.read_tensors(path)
+    checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint)
-    with tok.reading(path, "holds no weights of a RAR"):
+    try:
         (rows, D), V = state["embeddings.weight"].shape, len(state["lm_head.bias"])
         sizes = dict(
             width=D, codebook_size=V, num_classes=rows - V - 2,
@@ -712,19 +1082,34 @@ def load_model(path, knobs, device):
             heads=D // len(state["blocks.0.attn.q_norm.bias"]),
             mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
             grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} holds no weights of a RAR") from None
     alike = [c for c in PRESETS.values() if (c.width, c.depth) == (D, sizes["depth"])]
-    config = read_config(path.parent, [*alike, Config()][0])
+    config = read_config(path.parent) or [*alike, Config()][0]
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
-        knobs = {"anneal": (1.0, 1.0)} | knobs  # all orders were random so far: any will do
-    with torch.device("meta"):  # initial weights would take long
-        model = RAR(dataclasses.replace(config, **sizes, **knobs))
-    tok.load_strictly(model, state, path, assign=True)
+        given = {"anneal": (1.0, 1.0)} | given  # All orders were random so far: any will do.
+    with torch.device("meta"):  # Initial weights would take long.
+        model = RAR(dataclasses.replace(config, **sizes | given))
+    load_state(model, state, path, assign=True)
     return model.to(device, torch.float32).eval(), model.config, path.parent
+
+
+RELEASED_MODELS = {  # file and SHA-256
+    "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
+    "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
+    "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
+    "RAR-XXL": ("rar_xxl.bin", "85aba44fef7aecfd879829077e541f09da4c29da3b1fd374837601d7322bf6ff"),
+}
+
 
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
-    if path in tok.RELEASED_MODELS:
-        return tok.fetch_released(path)
+    if path in RELEASED_MODELS:
+        if RANK == 0:  # The others find what it fetches.
+            fetch("yucornetto/RAR", *RELEASED_MODELS[path])
+            released_tokenizer()
+        wait_for_all()
+        return fetch("yucornetto/RAR", *RELEASED_MODELS[path])
     runs = Path("runs").glob("*/weights.pt")
     path = path or max(runs, key=lambda file: file.stat().st_mtime, default="runs/*/weights.pt")
     path = Path(path, "weights.pt") if Path(path).is_dir() else Path(path)
@@ -732,119 +1117,215 @@ def find_weights(path):
         raise UserError(f"no weights file {path}: make one with python rar.py train")
     return path
 
-def load_init(model, path):
-    """Start from other weights. Embeddings of other classes start anew."""
-    other, config, _ = load_model(path, {}, torch.device("cpu"))
+
+def load_init(model, config):
+    """Start from the weights of --init. Embeddings of other classes start anew."""
+    other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
     state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
-    if config.num_classes != model.config.num_classes and config.width == table.shape[1]:
-        print(f"{path} has other classes: their embeddings start anew")
+    if config.num_classes != theirs.num_classes and config.width == theirs.width:
+        print(f"{config.init} has other classes: their embeddings start anew")
         kept = state["embeddings.weight"][:config.codebook_size + 1]
         state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
-    tok.load_strictly(model, state, path)
+    load_state(model, state, config.init)
 
-def add_flags(command, function, names, on_cuda="tf32"):
-    command.set_defaults(function=function, on_cuda=on_cuda)
-    for name in names:
-        default = getattr(Config, name)
-        options = dict(type=type(default))
-        if isinstance(default, tuple):
-            options = dict(type=float, nargs=len(default))
-        if isinstance(default, bool):
-            options = dict(action=argparse.BooleanOptionalAction)
-        command.add_argument(tok.flag_of(name), help=f"{HELP[name]} [{default}]", **options)
-    command.add_argument("--device", choices=["cuda", "cpu"])
-    command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
-                         help=f"of matrix products [{on_cuda} on cuda, else float32]")
+
+def positive(text):
+    if int(text) < 1:
+        raise ValueError  # of which argparse makes a line
+    return int(text)
+
 
 def run(argv):
-    parser = tok.Parser(prog="rar.py")
+    parser = argparse.ArgumentParser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train a model", description="[defaults of RAR-B]")
     train.add_argument("--model", choices=PRESETS, help="preset of the settings [by the data]")
     train.add_argument("--out", help="folder of the run [runs/DATA-MODEL]")
     sample = commands.add_parser("sample", help="draw pictures")
     sample.add_argument("--classes", nargs="+", help="numbers or names [all]")
-    sample.add_argument("--count", type=tok.positive, help="pictures [5 of each class]")
+    sample.add_argument("--count", type=positive, help="pictures [5 of each class]")
     sample.add_argument("--out", help="X.png for a grid, X.npz, or X/ for a PNG each [a new grid]")
     sample.add_argument("--complete", metavar="PICTURE", help="picture to complete")
-    sample.add_argument("--keep", type=tok.rectangle, help="X0,Y0,X1,Y1: pixels of the square")
+    sample.add_argument("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
+                        help="pixels of its central square that stay")
     evaluation = commands.add_parser("eval", help="held-out bits per token")
-    add_flags(train, train_command, HELP, "bfloat16")
-    add_flags(sample, sample_command, [*SAMPLING, "micro_batch", "compile"])
-    add_flags(evaluation, eval_command, ["data", "order", "micro_batch"])
     for command in (sample, evaluation):
         command.add_argument("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
-    sample.set_defaults(seed=1)  # seed 0 would draw the preview again
+
+    for command, function, names, on_cuda in [
+            (train, train_command, HELP, "bfloat16"),
+            (sample, sample_command, [*SAMPLING, "micro_batch"], "tf32"),
+            (evaluation, eval_command, ["data", "order", "micro_batch"], "tf32")]:
+        command.set_defaults(function=function, on_cuda=on_cuda)
+        for name in names:
+            default = getattr(Config, name)
+            options = dict(type=positive if type(default) is int and default else type(default))
+            if isinstance(default, tuple):
+                options = dict(type=float, nargs=len(default))
+            if isinstance(default, bool):
+                options = dict(action=argparse.BooleanOptionalAction)
+            command.add_argument(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
+        command.add_argument("--device", choices=["cuda", "cpu"])
+        command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
+                             help=f"of matrix products [{on_cuda} on cuda, else float32]")
+    sample.set_defaults(seed=1)  # Seed 0 would draw the preview again.
     args = parser.parse_args(argv)
-    knobs = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}
-    device, args.precision, autocast = tok.choose_device(args.device, args.precision, args.on_cuda)
-    with tok.processes(device):
-        args.function(args, knobs, device, autocast)
+    given = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}
+    device, args.precision, autocast = choose_device(args.device, args.precision, args.on_cuda)
+    with processes(device):
+        args.function(args, given, device, autocast)
+
 
 def main(argv=None):
-    return tok.exit_code(run, argv)
+    """Run a command. Returns its exit code: 0, 2 for a mistake, which one line explains, or 130
+    for Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # Not all file names are Unicode.
+    try:
+        run(argv)
+        return 0
+    except KeyboardInterrupt as error:
+        code, message = 130, str(error) or "interrupted: run the same command to continue"
+    except (UserError, OSError) as error:
+        code, message = 2, f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        # torch has other words for it on a CPU.
+        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
+            raise
+        code, message = 2, "error: out of memory: lower --micro-batch or --batch"
+    if RANK > 0:
+        time.sleep(2)  # If rank 0 says the same, torchrun ends us first.
+        message = f"rank {RANK}: {message}"
+    print(message, file=sys.stderr)
+    return code
 
-# ---- 9. Scan orders, and the fast path on GPUs
-@lru_cache
-def scan_order(name, grid_size):
-    """The cells (T,) in the order in which a scan of Fig. 6 visits them; cell = row * N + column.
-    The pictures tell when each cell has its turn; spiral_out is spiral_in backwards.
 
-      alternate       spiral_in       subsample        z_curve
-     0  1  2  3      0 11 10  9      0  4  1  5      0  1  4  5
-     7  6  5  4      1 12 15  8      8 12  9 13      2  3  6  7
-     8  9 10 11      2 13 14  7      2  6  3  7      8  9 12 13
-    15 14 13 12      3  4  5  6     10 14 11 15     10 11 14 15
-    """
-    N, half = grid_size, (grid_size + 1) // 2
-    grid = np.arange(N * N).reshape(N, N)
-    orders = {"raster": grid.flatten()}
-    rows = [row[::-1] if number % 2 else row for number, row in enumerate(grid)]
-    orders["alternate"] = np.concatenate(rows)
+# ---- 11. Processes and files
 
-    # Down the left side; then take it away, and turn what is left
-    spiral, rest = [], grid.T
-    while rest.size:
-        spiral.extend(rest[0])
-        rest = np.rot90(rest[1:])
-    orders |= {"spiral_in": np.array(spiral), "spiral_out": np.array(spiral[::-1])}
+# torchrun starts a process for each GPU, and tells it its number, its rank, by these variables.
+TOLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+RANK = int(os.environ["RANK"]) if TOLD else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TOLD else 1
 
-    # The first cell of each quarter, then the second of each. Trap: lexsort's last key counts most.
-    row, column = np.divmod(np.arange(N * N), N)
-    orders["subsample"] = np.lexsort((column // half, row // half, column % half, row % half))
 
-    # Quarter by quarter, and each of them likewise
-    def z_curve(part):
-        if part.size < 2:
-            return part.flatten()
-        quarters = [q for half in np.array_split(part, 2) for q in np.array_split(half, 2, axis=1)]
-        return np.concatenate([z_curve(quarter) for quarter in quarters])
-    orders["z_curve"] = z_curve(grid)
+def choose_device(name, precision, on_cuda):
+    """The device, the precision of matrix products, and its autocast context."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision or (on_cuda if name == "cuda" else "float32")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU")
+    if name == "cpu" and precision == "tf32":
+        raise UserError("--precision tf32 needs --device cuda")
+    local_rank = int(os.environ["LOCAL_RANK"]) if TOLD else 0
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else "cpu")
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    # Trap: cuDNN's attention makes a plan for every length, of which there are many.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
 
-    if name not in orders:
-        raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
-    return torch.from_numpy(orders[name])
 
-def recorded(function):
-    """A function of tensors as a CUDA graph, which starts small kernels faster than Python does.
-    The first call with some shapes warms up, the second is recorded, and later ones replay it."""
-    graphs = {}
+@contextlib.contextmanager
+def processes(device):
+    """Join the processes of torchrun, if there are any. Only rank 0 talks."""
+    if WORLD_SIZE == 1:
+        yield
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    # Rank 0 may work for long while the others wait. torchrun notices who has died.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    with open(os.devnull, "w") as null:
+        out, err = (null, null) if RANK > 0 else (sys.stdout, sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    dist.destroy_process_group()  # not after an error, or the others would fail first
 
-    def run(*inputs):
-        key = tuple(x.shape for x in inputs)
-        if key not in graphs:
-            graphs[key] = None
-            return function(*inputs)
-        if graphs[key] is None:
-            held, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads
-                graphs[key] = graph, held, function(*held)
-        graph, held, output = graphs[key]
-        for own, x in zip(held, inputs):
-            own.copy_(x)
-        graph.replay()
-        return output.clone()
-    return run
+
+def sum_over_processes(tensor):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def in_any_process(flag):
+    return sum_over_processes(torch.tensor(int(bool(flag)))).item() > 0
+
+
+def wait_for_all():
+    in_any_process(False)
+
+
+@contextlib.contextmanager
+def noting_signals():
+    """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one strikes at once."""
+    noted, before = [], {}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+        tqdm.write("stopping after this update", file=sys.stderr)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP.
+        if signal.getsignal(number) not in (signal.SIG_IGN, note):  # nohup ignores it.
+            before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Refuse a second training run in a folder, where the file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            if RANK == 0 and os.name == "posix":
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another training run: wait, or choose "
+                            "another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        wait_for_all()
+        yield
+
+
+def write_tensors(path, tensors):
+    with replacing(path) as beside, open(beside, "wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
+
+
+def write_text(path, text):
+    with replacing(path) as beside:
+        beside.write_text(text)
+
+
+def read_tensors(path):
+    """The dictionary that torch.save wrote to a file. Nothing in it is executed."""
+    try:
+        return dict(torch.load(path, "cpu", weights_only=True, mmap=True))
+    except OSError:
+        raise
+    except Exception:  # torch has a dozen kinds for a damaged file.
+        raise UserError(f"{path} holds no tensors by torch.save, or is damaged") from None
+
+
+def load_state(model, state, path, assign=False):
+    """Copy a state dict into a model, or assign it. Names and shapes must agree."""
+    try:
+        model.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        first = str(error).split("\n")[1].strip()
+        raise UserError(f"{path} does not fit the model: {first}") from None
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

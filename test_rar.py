@@ -100,6 +100,7 @@ def test_gradients_and_updates(model):
             expected = dict(zip(THEIRS["grad_names"], THEIRS["grad_norms"]))
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
         norms.append(rar.update(model, optimizer, config, step)[0].item())
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[::7] == pytest.approx([3.72877479, 2.77827096], rel=1e-6)
     assert norms[::7] == pytest.approx([2.25130510, 2.01252198], rel=1e-5)

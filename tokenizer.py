@@ -1,58 +1,62 @@
-"""Pictures in, tokens, pictures out: for rar.py and fid.py.
+"""Pictures in, tokens, pictures out. The command shows what a tokenizer keeps of a picture:
 
-    1 the two tokenizers   2 photographs   3 the built-in shapes   4 data sets as tokens
-    5 pictures on disk     6 the command   7 what all three programs need
-
-    python tokenizer.py reconstruct a.jpg b.jpg --out recon.png     shows what a tokenizer keeps
+    python tokenizer.py reconstruct a.jpg b.jpg --out again.png
 """
 
 import argparse
 import contextlib
-import dataclasses
-import datetime
 import hashlib
-import http.client
-import itertools
+import io
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
-import time
-import urllib.request
-import warnings
 import zipfile
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if os.name == "posix":  # Windows has no such module
-    import fcntl
+# OpenMP's threads spin while they wait for each other, so beside other programs an update
+# took 2 s instead of 0.06. This bound, which only libgomp reads, keeps the idle speed.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
 
-# ---- 1. Tokenizers
+class UserError(ValueError):
+    """A mistake of the user: one line that names the file or flag, and the mend."""
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path to write to. It is renamed to `path` when all is written, or removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+# ---- Two tokenizers
 
 def nearest(vectors, codes):
     """The number of the nearest code (V, C) to each vector (..., C): int64 (...)."""
-    codes = codes.double()  # or TF32 and autocast would change tokens
-    # |v - c|^2 without |v|^2, the same for all codes
+    codes = codes.double()  # because TF32 and autocast would change tokens
+    # |v - c|^2 without |v|^2, which is the same for all codes
     return ((codes**2).sum(1) - 2 * vectors.double() @ codes.T).argmin(-1)
 
 class PatchTokenizer(nn.Module):
     """A token is the nearest of `codebook_size` mean patches. It is fitted in seconds.
 
-    Decoding is a linear map of the mean patches of a token and its eight neighbours. Then the
-    picture is smoothed between cells and sharpened, as far as it errs.
+    The decoder is linear: it sees the mean patches of a token and of its eight neighbours.
     """
 
     def __init__(self, grid_size, patch_size, codebook_size):
@@ -67,7 +71,7 @@ class PatchTokenizer(nn.Module):
 
     def patches(self, images):
         """(B, 3, H, W) -> (B, T, 3 * patch * patch)"""
-        return F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
+        return F.pixel_unshuffle(images, self.patch_size).flatten(2).transpose(1, 2)
 
     def means(self, tokens):
         """int (B, T) -> the mean patches (B, 3 * patch * patch, grid, grid)"""
@@ -79,19 +83,21 @@ class PatchTokenizer(nn.Module):
 
     def decode(self, tokens):
         """int (B, T) -> float (B, 3, H, W) in [0, 1]"""
-        pixels = F.conv2d(self.means(tokens), self.decoder, self.decoder_bias, padding=1)
         p, error = self.patch_size, self.error
-        image = F.fold(pixels.flatten(2), self.image_size, p, stride=p)
-        # A step between cells may be an error. Spread it over half a cell on both sides.
-        places = torch.arange(p, device=tokens.device)[:, None]
-        falling = (1 - (places + 0.5) / (p / 2)).clamp(min=0)            # to 0 in the middle
-        for _ in "xy":
-            cells = image.transpose(2, 3).unflatten(2, (-1, p))          # (B, 3, grid, p, S)
+        image = F.conv2d(self.means(tokens), self.decoder, self.decoder_bias, padding=1)
+        image = F.pixel_shuffle(image, p)
+        # The borders of cells show. A step there may be an edge of the picture, but what two
+        # errors explain becomes a ramp over half a cell on both sides.
+        ramp = 1 - (torch.arange(p, device=image.device)[:, None] + 0.5) / (p / 2)
+        ramp = ramp.clamp(min=0)
+        for _ in "xy":  # each round transposes the picture
+            cells = image.transpose(2, 3).unflatten(2, (-1, p))  # (B, 3, grid, p, S)
             step = (cells[:, :, 1:, :1] - cells[:, :, :-1, -1:]).clamp(-2 * error, 2 * error)
-            cells[:, :, 1:] -= step / 2 * falling
-            cells[:, :, :-1] += step / 2 * falling.flip(0)
+            cells[:, :, 1:] -= step / 2 * ramp
+            cells[:, :, :-1] += step / 2 * ramp.flip(0)
             image = cells.flatten(2, 3)
-        # Means are blurred, so raise what differs from its surroundings.
+        # Means are blurred, because details of patches cancel out. So what differs from its
+        # surroundings is raised, by half an error at most.
         detail = image - F.avg_pool2d(image, 3, 1, 1, count_include_pad=False)
         return (image + detail.clamp(-error / 2, error / 2)).clamp(0, 1)
 
@@ -103,16 +109,14 @@ class PatchTokenizer(nn.Module):
             raise UserError(f"--grid-size {grid_size} does not divide {size} pixels")
         self = cls(grid_size, size // grid_size, codebook_size)
         random = np.random.default_rng(0)
-        patches = self.patches(images).flatten(0, 1).numpy()             # (N, C)
+        patches = self.patches(images).flatten(0, 1).numpy()  # (N, C)
         patches = random.permutation(patches)[:60_000]
-        # Codes start from different patches, or all would start from the empty one.
+        # k-means begins with different patches, because equal codes would stay equal.
         distinct = np.unique(patches, axis=0)
         if len(distinct) < codebook_size:
-            raise UserError(f"--codebook-size {codebook_size}: there are but {len(distinct)} "
-                            "different patches")
+            raise UserError(f"--codebook-size {codebook_size}: only {len(distinct)} patches differ")
         codebook = random.permutation(distinct)[:codebook_size]
-        for _ in tqdm(range(20), "fitting the tokenizer", leave=False):
-            codebook, _ = kmeans2(patches, codebook, iter=1, minit="matrix")
+        codebook, _ = kmeans2(patches, codebook, iter=20, minit="matrix")
         self.codebook.copy_(torch.from_numpy(codebook))
         self.decoder[:, :, 1, 1] = torch.eye(self.codebook.shape[1])  # the token's own mean
         if self.patch_size <= 16:  # larger ones would take tens of GB
@@ -122,29 +126,32 @@ class PatchTokenizer(nn.Module):
         return self
 
     def fit_decoder(self, images):
-        """Ridge regression from nine mean patches to what the one in the middle lacks."""
+        """Ridge regression: from nine mean patches to what the middle one lacks."""
         tokens = torch.cat([self.encode(part) for part in images.split(50)])
-        around = F.unfold(self.means(tokens), 3, padding=1)              # (B, 9C, T)
-        # In float64, since float32 loses 2 dB.
-        inputs = around.transpose(1, 2).flatten(0, 1).double()           # (N, 9C)
+        inputs = F.unfold(self.means(tokens), 3, padding=1)  # (B, 9C, T)
+        inputs = inputs.transpose(1, 2).flatten(0, 1).double()  # float32 would lose 2 dB
         inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)  # and a bias
         outputs = (self.patches(images) - self.codebook[tokens]).flatten(0, 1).double()
         square = inputs.T @ inputs
         ridge = square.diagonal().mean() * len(square) / len(inputs)
         square += ridge * torch.eye(len(square))
-        solution = torch.linalg.solve(square, inputs.T @ outputs)        # (9C + 1, C)
+        solution = torch.linalg.solve(square, inputs.T @ outputs)  # (9C + 1, C)
         self.decoder += solution[:-1].T.unflatten(1, (-1, 3, 3))
         self.decoder_bias.copy_(solution[-1])
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+def conv(inputs, outputs, size=3, bias=True):
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=bias)
 
 class ResidualBlock(nn.Module):
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, inputs, eps=1e-6)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(32, outputs, eps=1e-6)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs, bias=False)
+        self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs, bias=False)
         if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(outputs, outputs, 1, bias=False)
+            self.nin_shortcut = conv(outputs, outputs, 1, bias=False)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -165,20 +172,18 @@ def encoder():
     widths = [(128, 128), (128, 128), (128, 256), (256, 256)]
     levels = [named(block=two_blocks(*pair), halve=nn.AvgPool2d(2)) for pair in widths]
     down = nn.Sequential(*levels, named(block=two_blocks(256, 512)))
-    return named(conv_in=nn.Conv2d(3, 128, 3, padding=1, bias=False), down=down,
-                 mid=two_blocks(512, 512), norm_out=nn.GroupNorm(32, 512, eps=1e-6),
-                 silu=nn.SiLU(), conv_out=nn.Conv2d(512, 256, 1))
+    return named(conv_in=conv(3, 128, bias=False), down=down, mid=two_blocks(512, 512),
+                 norm_out=norm(512), silu=nn.SiLU(), conv_out=conv(512, 256, 1))
 
 def decoder():
     """(B, 256, 16, 16) -> (B, 3, 256, 256), about in [0, 1]"""
     widths = {"4": (512, 512), "3": (512, 256), "2": (256, 256), "1": (256, 128)}
     levels = {name: named(block=two_blocks(inputs, outputs), enlarge=nn.Upsample(scale_factor=2),
-                          upsample_conv=nn.Conv2d(outputs, outputs, 3, padding=1))
-              for name, (inputs, outputs) in widths.items()}  # they run from 4 to 0
+                          upsample_conv=conv(outputs, outputs))
+              for name, (inputs, outputs) in widths.items()}
     up = named(**levels, **{"0": named(block=two_blocks(128, 128))})
-    return named(conv_in=nn.Conv2d(256, 512, 3, padding=1), mid=two_blocks(512, 512), up=up,
-                 norm_out=nn.GroupNorm(32, 128, eps=1e-6), silu=nn.SiLU(),
-                 conv_out=nn.Conv2d(128, 3, 3, padding=1))
+    return named(conv_in=conv(256, 512), mid=two_blocks(512, 512), up=up,
+                 norm_out=norm(128), silu=nn.SiLU(), conv_out=conv(128, 3))
 
 class MaskGITVQGAN(nn.Module):
     """The published tokenizer: 256x256 pixels <-> 16x16 tokens of 1024. Names as in its release."""
@@ -193,60 +198,65 @@ class MaskGITVQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """float (B, 3, 256, 256) in [0, 1] -> int64 (B, 256), row by row"""
-        cells = self.encoder(images).flatten(2).transpose(1, 2)          # (B, T, 256)
-        return nearest(cells, self.quantize.embedding.weight)
+        codes = self.quantize.embedding.weight
+        cells = self.encoder(images.to(codes))  # (B, 256, 16, 16)
+        return nearest(cells.flatten(2).transpose(1, 2), codes)
 
     @torch.no_grad()
     def decode(self, tokens):
         """int (B, 256) -> float (B, 3, 256, 256) in [0, 1]"""
-        codes = self.quantize.embedding(tokens)                          # (B, T, 256)
+        codes = self.quantize.embedding(tokens)  # (B, T, 256)
         codes = codes.transpose(1, 2).unflatten(2, (16, 16)).contiguous()
-        # A picture takes 170 MB. On a CPU, the batch must not change pixels by rounding.
+        # In parts, because a picture takes 170 MB. On a CPU, where rounding depends on the
+        # size of a batch, one by one.
         parts = codes.split(1 if codes.device.type == "cpu" else 16)
         return torch.cat([self.decoder(part) for part in parts]).clamp(0, 1)
 
-def load(path, config=None, names=()):
-    """The tokenizer in a file. Its sizes of these names must be as in config."""
-    state = read_tensors(path)
-    with reading(path, "holds no tokenizer"):
+def load(path):
+    """The tokenizer in a file, of either kind."""
+    try:
+        state = torch.load(path, "cpu", weights_only=True)
         if "quantize.embedding.weight" in state:
             tokenizer = MaskGITVQGAN()
         else:
             codes, channels = state["codebook"].shape
             tokenizer = PatchTokenizer(int(state["grid"]), math.isqrt(channels // 3), codes)
-    load_strictly(tokenizer, state, path)
-    for name in names:
-        has, wanted = getattr(tokenizer, name), getattr(config, name)
-        if has != wanted:
-            raise UserError(f"{path} has {name} {has}, but {flag_of(name)} is {wanted}")
+        tokenizer.load_state_dict(state)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises all kinds
+        raise UserError(f"{path} is no tokenizer, or it is damaged") from error
     return tokenizer.eval()
 
-def fit_tokenizer(config, images):
-    """The tokenizer that config names: "patch" is fitted to images(), (B, 3, H, W)."""
-    if config.tokenizer == "patch":
-        return PatchTokenizer.fit(images(), config.grid_size, config.codebook_size)
-    path = config.tokenizer
-    if path == "released":
-        try:
-            path = released_tokenizer()
-        except UserError as error:
-            raise UserError(f"{error}, or give --tokenizer patch") from error
-    return load(path, config, ("grid_size", "codebook_size", "image_size"))
+RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
 
-def tokenizer_of(config, folder):
-    """The tokenizer of the weights in a folder: its tokenizer.pt, or the released one."""
-    path = Path(folder, "tokenizer.pt")
-    if not path.exists():
-        sizes = config.grid_size, config.codebook_size
-        if Path(folder, "config.json").exists() or sizes != (16, 1024):
-            raise UserError(f"there is no {path}: copy the tokenizer.pt of the weights' run there")
-        path = released_tokenizer(folder)
-    return load(path, config, ("grid_size", "codebook_size"))
+def released_tokenizer():
+    """The path of the published tokenizer, which is downloaded if it is not here."""
+    for path in (Path(RELEASED), Path(torch.hub.get_dir(), RELEASED)):
+        if path.is_file():
+            return path
+    return fetch("fun-research/TiTok", RELEASED)
 
-# ---- 2. Photographs
+def fetch(repository, file, sha256=None):
+    """The path of a file of Hugging Face, or of its mirror HF_ENDPOINT. Downloaded once."""
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if path.exists():
+        return path
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{host.rstrip('/')}/{repository}/resolve/main/{file}"
+    try:
+        with replacing(path) as part:
+            torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
+            # torch.save writes a zip. A login page is none, nor is half a file.
+            if sha256 is None and not zipfile.is_zipfile(part):
+                raise ValueError("what came is not that file, or not all of it")
+    except Exception as error:  # of the network, the disk or the hash
+        raise UserError(f"cannot download {url}: {error}; retry, or put it at {path}") from error
+    return path
 
-# A huge picture may be a bomb. Pillow warns of it, we refuse it.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+# ---- Photographs
+
+CROPS = {"ten": 10, "flip": 2, "center": 1}  # how many each makes of a picture
 
 def center_crop(image, size):
     """The middle of a picture, (size, size, 3) uint8, as ADM cuts it."""
@@ -261,13 +271,11 @@ def center_crop(image, size):
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image)[top:top + size, left:left + size]
 
-CROPS = {"ten": 10, "flip": 2, "center": 1}  # how many each makes of a picture
-
 def crop(image, size, kind):
     """The crops (N, size, size, 3) uint8 of a picture.
 
-    "center" is its middle, and "flip" adds the mirror image. "ten" cuts a square that is a tenth
-    larger: four corners, the middle, and the mirror images of all.
+    "center" is its middle, and "flip" adds the mirror image. "ten" cuts a square that is a
+    tenth larger: four corners, the middle, and the mirror images of all.
     """
     whole, corners = size, [(0, 0)]
     if kind == "ten":
@@ -278,85 +286,125 @@ def crop(image, size, kind):
     sides = [pixels] if kind == "center" else [pixels, pixels[:, ::-1]]
     return np.stack([side[y:y + size, x:x + size] for side in sides for y, x in corners])
 
+def as_seen(image):
+    """An opened picture as it is to be seen: upright, on white, in 8-bit RGB."""
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF is no damaged picture
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip it
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # nothing says which number is white
+        raise ValueError("not 8-bit")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+class DamagedPicture(UserError):
+    """Which file is no picture that can be read, and why."""
+
+def read_picture(path, size=None, crops="center"):
+    """The crops (N, size, size, 3) uint8 of a picture file. Without a size, all of it.
+
+    Raises DamagedPicture, or OSError where the system fails and the picture may be right.
+    """
+    content = io.BytesIO(Path(path).read_bytes())
+    try:
+        image = as_seen(Image.open(content))
+        return np.array(image)[None] if size is None else crop(image, size, crops)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises all kinds, some with addresses in memory
+        reason = re.split("[<\n]", f"{type(error).__name__}: {error}")[0]
+        raise DamagedPicture(f"{path}: {reason}") from error
+
+def read_ahead(files, size, crops="center", purpose="reading"):
+    """Yield a future of read_picture for each file. Threads read the next 32."""
+    upcoming = deque()
+    with ThreadPoolExecutor() as pool:  # Pillow works without the GIL
+        for file in tqdm(files, purpose, leave=False):
+            upcoming.append(pool.submit(read_picture, file, size, crops))
+            if len(upcoming) > 32:
+                yield upcoming.popleft()
+        yield from upcoming
+
+def read_crops(files, size):
+    """The centre crops (N, 3, size, size) of those files that are not damaged."""
+    crops = []
+    for future in read_ahead(files, size):
+        with contextlib.suppress(DamagedPicture):
+            crops.append(future.result())
+    if not crops:
+        raise UserError(f"{files[0]} and all other pictures are damaged")
+    return to_float(np.concatenate(crops))
+
 def class_folders(folder):
     """The class folders of a data set, sorted: those in train/, if there is one."""
-    if not Path(folder).is_dir():
-        raise UserError(f"--data {folder}: there is no such folder")
     root = Path(folder, "train")
     if not root.is_dir():
         root = Path(folder)
-    found = sorted(path for path in root.glob("[!.]*") if path.is_dir())
+    # val/ is held out, runs/ is ours, and macOS adds __MACOSX to its archives.
+    others = {Path(each).resolve() for each in ("runs", f"{folder}/val", root / "__MACOSX")}
+    found = sorted(path for path in root.iterdir() if path.is_dir()
+                   and path.name[0] != "." and path.resolve() not in others)
     if not found:
         raise UserError(f"--data {folder}: expected DIR/CLASS/PICTURE or DIR/train/CLASS/PICTURE")
+    if all(path.name.isdecimal() for path in found):
+        found.sort(key=lambda path: int(path.name))
     return found
 
-def pictures_in(folder):
-    """The files below a folder that have the name of a picture, sorted."""
-    readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(Path(root, file) for root, _, files in os.walk(folder, followlinks=True)
-                  for file in files if Path(file).suffix.lower() in readable)
+READABLE = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+UNREADABLE = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw"} - READABLE
+
+def pictures_in(folder, endings=READABLE, seen=None):
+    """The files in and below a folder that are named like pictures, sorted."""
+    here = Path(folder).resolve()
+    seen = {*here.parents} if seen is None else seen
+    seen.add(here)  # because links may lead up, or to one folder twice
+    found = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.name[0] == ".":
+            continue
+        if path.suffix.lower() in endings:
+            found.append(path)
+        elif path.is_dir() and path.resolve() not in seen:
+            found += pictures_in(path, endings, seen)
+    return found
 
 def labelled_pictures(folder):
-    """Two lists of (class, path), to train on and held out: those in val/, or every twentieth."""
-    def labelled(folders):
-        return [(c, path) for c, each in enumerate(folders) for path in pictures_in(each)]
+    """Two lists of (class, path), to train on and held out: those in val/, or about 5 %.
+
+    Without val/ the name of a file decides, so a new picture moves no other one.
+    """
+    def say(paths, what):
+        if paths:
+            text = f"--data {folder}: {len(paths)} {what}, such as {paths[0]}"
+            print(text, file=sys.stderr)  # which can print all names, also those not in UTF-8
 
     folders, val = class_folders(folder), Path(folder, "val")
-    train = labelled(folders)
+    train = [(n, path) for n, each in enumerate(folders) for path in pictures_in(each)]
     if val.is_dir():
-        held_out = labelled(val / each.name for each in folders)
+        number = {each.name: n for n, each in enumerate(folders)}
+        pairs = [(number.get(path.relative_to(val).parts[0]), path) for path in pictures_in(val)]
+        held_out = [pair for pair in pairs if pair[0] is not None]
+        say([path for n, path in pairs if n is None],
+            f"of {len(pairs)} pictures in val/ are ignored, because train/ lacks their classes")
     else:
-        held_out = train[19::20]
-        del train[19::20]
+        hashes = [hashlib.sha256(os.fsencode(path.name)).hexdigest() for _, path in train]
+        limit = max("0ccc", min(hashes, default=""))  # 5 % are below 0ccc; at least one is taken
+        held_out = [pair for pair, each in zip(train, hashes) if each <= limit]
+        train = [pair for pair, each in zip(train, hashes) if each > limit]
+    say(pictures_in(folder, UNREADABLE), "files are ignored, because Pillow can't read their kind")
+    for purpose, pairs in (("to train on", train), ("held out", held_out)):
+        present = {n for n, _ in pairs}
+        say([each for n, each in enumerate(folders) if n not in present],
+            f"of {len(folders)} classes have no pictures {purpose}")
     if not train or not held_out:
         raise UserError(f"--data {folder}: {len(train)} pictures to train on and {len(held_out)} "
-                        "held out; expected 20, or a val/ with the classes of train/")
+                        "held out; expected more, or a val/ with the classes of train/")
     return train, held_out
 
-def read_picture(file, crops, size):
-    """The crops (N, size, size, 3) uint8 of a picture file, or a text: why there are none.
-
-    crops None means the whole picture (1, H, W, 3).
-    """
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if crops is None:
-                return np.array(image.convert("RGB"))[None]
-            return crop(image, size, crops)
-    except UnidentifiedImageError:
-        return "not a picture that Pillow can read"
-    except Exception as error:  # Pillow raises all kinds
-        return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".split("\n")[0]
-
-def read_pictures(files, crops, size):
-    """Yield what read_picture makes of each file. Threads read ahead, for Pillow frees the GIL."""
-    upcoming = deque()
-    with ThreadPoolExecutor() as pool:
-        for file in files:
-            upcoming.append(pool.submit(read_picture, file, crops, size))
-            if len(upcoming) > 32:
-                yield upcoming.popleft().result()
-        while upcoming:
-            yield upcoming.popleft().result()
-
-def read_all(files, crops, size):
-    """read_pictures, but a picture that can't be read is a UserError."""
-    for file, pixels in zip(files, read_pictures(files, crops, size)):
-        if isinstance(pixels, str):
-            raise UserError(f"{file}: {pixels}")
-        yield pixels
-
-def crop_images(files, size):
-    """The centre crops (N, 3, size, size) of the files that can be read."""
-    items = tqdm(read_pictures(files, "center", size), "reading", len(files), leave=False)
-    crops = [item for item in items if not isinstance(item, str)]
-    if not crops:
-        raise UserError(f"{files[0]} and all others can't be read")
-    return to_float(np.concatenate(crops))
-
-# ---- 3. Shapes
+# ---- Shapes
 
 SHAPES_SIZE = 32
 SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 500
@@ -396,144 +444,118 @@ def draw_shape(index):
     room = SHAPES_SIZE / 2 - 1.1 * radius
     centre = SHAPES_SIZE / 2 + random.uniform(-room, room, size=2)
     colour = COLOURS[random.integers(len(COLOURS))]
-    # Edges are not smoothed: blended colours would use up a small codebook.
+    # Edges are not smoothed, because blended colours would use up a small codebook.
     image = Image.new("RGB", (SHAPES_SIZE, SHAPES_SIZE), GROUND)
     name = list(SHAPES)[index % len(SHAPES)]
     polygons = [(points, colour) for points in SHAPES[name]]
     polygons += [(points, GROUND) for points in HOLES.get(name, [])]
     for points, fill in polygons:
-        corners = centre + radius * np.asarray(points)                   # (N, 2)
+        corners = centre + radius * np.asarray(points)  # (N, 2)
         ImageDraw.Draw(image).polygon(corners.flatten().tolist(), fill=fill)
     return np.asarray(image)
 
-# ---- 4. Data sets as tokens
+def draw_shapes(count):
+    """The first pictures: float (count, 3, 32, 32)"""
+    return to_float(np.stack([draw_shape(i) for i in range(count)]))
 
-@dataclasses.dataclass
-class Data:
-    train: np.ndarray     # rows (N, 1 + T) uint16: the class, then the tokens in cell order
-    held_out: np.ndarray  # the same
-    tokenizer: nn.Module
-    images: float         # how many pictures the rows to train on were made of
+# ---- Rows of tokens: uint16 (1 + T,), the class, then the tokens in cell order
 
-def class_names(data):
-    return tuple(SHAPES) if data == "shapes" else tuple(f.name for f in class_folders(data))
+def fingerprint(module, *parts):
+    """12 hex digits that change with a module's tensors, and with the parts."""
+    sha = hashlib.sha256(repr(parts).encode())
+    for tensor in module.state_dict().values():
+        sha.update(tensor.cpu().numpy().tobytes())
+    return sha.hexdigest()[:12]
 
-def class_numbers(texts, config, source):
-    """The numbers of classes that are given as numbers or names. None means all."""
-    numbers = range(config.num_classes)
-    if texts is None:
-        return list(numbers)
-    known = {str(n): n for n in numbers} | dict(zip(config.class_names, numbers))
-    for text in texts:
-        if text not in known:
-            raise UserError(f"--classes {text}: the model of {source} knows {', '.join(known)}")
-    return [known[text] for text in texts]
+@contextlib.contextmanager
+def rows_file(path, columns):
+    """Yield an .npy file to write uint16 rows to. They are counted in the end."""
+    def header(rows):
+        about = {"descr": "<u2", "fortran_order": False, "shape": (rows, columns)}
+        np.lib.format.write_array_header_1_0(file, about)
 
-def open_data(config, folder, device, fit=False, held_out_only=False):
-    """The Data of config.data, by the tokenizer.pt in the folder. With fit it is made first.
-    With held_out_only there is nothing to train on."""
-    classes = len(class_names(config.data))
-    if classes != config.num_classes:
-        raise UserError(f"--data {config.data} has {classes} classes, not {config.num_classes}")
-    if config.crops not in CROPS:
-        raise UserError(f"--crops {config.crops}: choose from {', '.join(CROPS)}")
+    with replacing(path) as part, open(part, "wb") as file:
+        header(0)
+        begin = file.tell()
+        yield file
+        rows = (file.tell() - begin) // (2 * columns)
+        file.seek(0)  # numpy leaves room for any number of rows
+        header(rows)
 
-    def tokenizer_for(images):
-        if fit and RANK == 0:
-            fitted = fit_tokenizer(config, images)
-            write_tensors(Path(folder, "tokenizer.pt"), fitted.state_dict())
-        wait_for_all()
-        return tokenizer_of(config, folder).to(device)
+def encode_shards(pictures, tokenizer, crops, folder, rank=0, processes=1):
+    """Turn (class, path) pairs into rows, in folder/00000.npz, 00001.npz, ...
 
-    if config.data == "shapes":
-        count = SHAPES_TRAIN + SHAPES_HELD_OUT
-        images = to_float(np.stack([draw_shape(i) for i in range(count)]))  # (N, 3, 32, 32)
-        tokenizer = tokenizer_for(lambda: images[:SHAPES_TRAIN])
-        tokens = [tokenizer.encode(part.to(device)).cpu() for part in images.split(500)]
-        labels = np.arange(len(images)) % len(SHAPES)
-        rows = np.column_stack([labels, torch.cat(tokens).numpy()]).astype(np.uint16)
-        return Data(rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:], tokenizer, SHAPES_TRAIN)
-
-    train, held_out = labelled_pictures(config.data)
-    if len(train) > config.photographs:
-        print(f"{config.photographs:,} of {len(train):,} photographs, evenly from all classes")
-        train = [train[i * len(train) // config.photographs] for i in range(config.photographs)]
-    held_out = held_out[::-(-len(held_out) // 500)]  # at most 500
-    enough = min(2000, 10**8 // (3 * config.image_size**2) + 1)
-    some = [file for _, file in train[::-(-len(train) // enough)]]
-    tokenizer = tokenizer_for(lambda: crop_images(some, config.image_size))
-    name = Path(config.data).resolve().name
-    train = [] if held_out_only else encode_pictures(
-        train, tokenizer, config.crops, device, f"{name}-train")
-    held_out = encode_pictures(held_out, tokenizer, "center", device, f"{name}-held-out")
-    return Data(train, held_out, tokenizer, len(train) / CROPS[config.crops])
-
-def encode_pictures(pictures, tokenizer, crops, device, name):
-    """The rows of (class, picture file) pairs: all crops of a picture, then those of the next.
-
-    All processes make them once, in runs/tokens/. Each picture has its place in a .part file, and a
-    byte in a .marks file, which is 1 when it is done. So a stopped program can go on.
+    A shard has the rows of some pictures: all crops of one, then those of the next. Which,
+    depends on `pictures` only. So after a stop any number of processes can go on.
     """
-    files = [file for _, file in pictures]
-    sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in files]
-    about = repr([crops, sizes, pictures])
-    path = Path("runs/tokens", f"{name}-{digest(digest_of(tokenizer), about)[:12]}.npy")
-    part, marks = path.with_suffix(".part"), path.with_suffix(".marks")
-    shape = len(files), CROPS[crops], 1 + tokenizer.grid_size**2
-    with locked(path.with_suffix(".lock")):
-        todo = not path.exists()
-        if todo and RANK == 0:
-            for each, size in ((part, 2 * math.prod(shape)), (marks, len(files))):
-                with writing(each):
-                    each.touch()
-                    os.truncate(each, size)
-        wait_for_all()
-        missing = np.flatnonzero(~np.fromfile(marks, bool)) if todo else []
-        wait_for_all()  # nobody writes before all have looked
-        mine = missing[RANK::WORLD_SIZE]
-        items = read_pictures([files[i] for i in mine], crops, tokenizer.image_size)
-        bad, few = [], min(max(10, len(files) // 1000), len(files) - 1)
-        for i, item in zip(tqdm(mine, f"encoding {name}", leave=False), items):
-            if isinstance(item, str):
-                bad.append(f"{files[i]}: {item}")
-                if len(bad) > few:
-                    raise UserError(f"{len(bad)} pictures can't be read: remove them; {bad[-1]}")
-                continue
-            # Picture by picture, so that no batch can change a token by rounding.
-            tokens = tokenizer.encode(to_float(item, device)).cpu().numpy()
-            rows = np.insert(tokens, 0, pictures[i][0], axis=1).astype("<u2")
-            write_at(part, i * rows.nbytes, rows)
-            write_at(marks, i, b"\1")
-        wait_for_all()
-        if todo and RANK == 0:
-            done = np.fromfile(marks, bool)
-            good = np.flatnonzero(done)
-            for i in np.flatnonzero(~done):
-                print(f"left out {files[i]}, which can't be read")
-            rows = np.memmap(part, "<u2", "r", shape=shape)
-            with replacing(path) as beside, open(beside, "wb") as file:
-                write_array(file, len(good) * CROPS[crops], (rows[i] for i in good))
-            part.unlink()
-            marks.unlink()
-        wait_for_all()
-    with reading(path, "is damaged: remove it, and it is made again"):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+    count = min(1000, math.ceil(len(pictures) / 16))
+    bounds = [len(pictures) * n // count for n in range(count + 1)]
+    paths = [Path(folder, f"{n:05}.npz") for n in range(count)]
+    shards = {paths[n]: pictures[bounds[n]:bounds[n + 1]]
+              for n in range(rank, count, processes) if not paths[n].exists()}
+    files = [file for shard in shards.values() for _, file in shard]
+    futures = read_ahead(files, tokenizer.image_size, crops, "encoding")
+    for path, shard in shards.items():
+        rows, left_out = [np.empty((0, 1 + tokenizer.grid_size**2))], []
+        for (label, _), future in zip(shard, futures):
+            try:
+                # Picture by picture, because in a larger batch rounding would change tokens.
+                tokens = tokenizer.encode(to_float(future.result()))  # (crops, T)
+                rows.append(np.insert(tokens.cpu().numpy(), 0, label, axis=1))
+            except DamagedPicture as error:
+                left_out.append(str(error))
+        rows = np.concatenate(rows).astype("<u2")
+        with replacing(path) as part, open(part, "wb") as file:
+            np.savez(file, rows=rows, left_out=np.array(left_out, str), of=[len(pictures), count])
 
-def write_array(file, count, parts):
-    """Write an .npy of `count` rows part by part."""
-    for number, part in enumerate(parts):
-        if number == 0:
-            shape = (count, *part.shape[1:])
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": part.dtype.str, "fortran_order": False, "shape": shape})
-        file.write(np.ascontiguousarray(part))
+def join_shards(folder, path):
+    """Make one .npy of the shards in a folder, and remove them. One is in memory at a time."""
+    files, left_out = sorted(Path(folder).glob("*.npz")), []
+    with rows_file(path, np.load(files[0])["rows"].shape[1]) as target:
+        for file in files:
+            with np.load(file, allow_pickle=False) as shard:
+                target.write(shard["rows"].tobytes())
+                left_out += shard["left_out"].tolist()
+                pictures, count = shard["of"]
+        for text in left_out:
+            print(f"left out {text}", file=sys.stderr)
+        if len(files) != count:
+            raise UserError(f"{folder} has {len(files)} of {count} shards: let all processes "
+                            "write to one folder")
+        if len(left_out) > min(max(10, pictures // 1000), pictures - 1):
+            raise UserError(f"{len(left_out)} of {pictures} pictures are damaged: mend or remove "
+                            "them")
+    shutil.rmtree(folder)
 
-def write_at(path, place, data):
-    with writing(path), open(path, "r+b") as file:
-        file.seek(place)
-        file.write(data)
+def import_jsonl(file, train, held_out, num_classes, length, codebook_size):
+    """Turn lines {"class_id": int, "tokens": [int, ...]} into two .npy files of rows.
 
-# ---- 5. Pictures out
+    The published file has the ten crops of a picture in ten lines, and class after class. So
+    blocks of ten lines are held out, spread evenly: a twentieth of them, but at most 500.
+    """
+    with open(file, "rb") as lines:
+        count = sum(1 for _ in tqdm(lines, "counting lines", leave=False))
+    if count <= 10:
+        raise UserError(f"{file} has {count} lines: expected more than the ten to hold out")
+    blocks = math.ceil(count / 10)
+    every = min(blocks, max(20, math.ceil(blocks / 500)))
+    # `train` is opened first and so renamed last: where it is, both are.
+    with rows_file(train, 1 + length) as most, rows_file(held_out, 1 + length) as rest, \
+            open(file, "rb") as lines:
+        for n, line in enumerate(tqdm(lines, "reading tokens", count, leave=False)):
+            try:
+                entry = json.loads(line)
+                row = [entry["class_id"], *entry["tokens"]]
+                if {*map(type, row)} != {int} or len(row) != 1 + length:
+                    raise ValueError
+                if min(row) < 0 or row[0] >= num_classes or max(row[1:]) >= codebook_size:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f'{file}, line {n + 1}: expected {{"class_id": below {num_classes}'
+                                f', "tokens": [{length} below {codebook_size}]}}') from None
+            (most if (n // 10 + 1) % every else rest).write(np.array(row, "<u2").tobytes())
+
+# ---- Pictures out
 
 def to_float(pixels, device="cpu"):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [0, 1]. Trap: not in [-1, 1]."""
@@ -549,421 +571,86 @@ def save_grid(path, images, names):
     if columns > 20:  # too narrow for names
         columns, names, header = 20, (), 0
     gap, scale = 4, max(1, 80 // images.shape[2])
-    cell = scale * images.shape[2] + gap
+    size = scale * images.shape[2]
+    cell = size + gap
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * cell + gap, rows * cell + gap + header), "white")
     for i, pixels in enumerate(to_uint8(images).repeat(scale, 1).repeat(scale, 2)):
         row, column = divmod(i, columns)
         sheet.paste(Image.fromarray(pixels), (gap + column * cell, gap + header + row * cell))
-    longest = max((len(str(name)) for name in names), default=1)
-    font = ImageFont.load_default(size=min(15, 1.6 * (cell - gap) / longest))
+    font = ImageFont.load_default(size=min(15, 1.6 * size / max(map(len, names), default=1)))
     for column, name in enumerate(names):
-        centre = ((column + 0.5) * cell + gap / 2, gap + header / 2)
-        ImageDraw.Draw(sheet).text(centre, str(name), fill="black", font=font, anchor="mm")
-    with replacing(path) as beside:
-        sheet.save(beside, "PNG")
+        centre = (column + 0.5) * cell + gap / 2, gap + header / 2
+        ImageDraw.Draw(sheet).text(centre, name, fill="black", font=font, anchor="mm")
+    with replacing(path) as part:
+        sheet.save(part, "PNG")
 
-def known_tokens(path, keep, tokenizer, device="cpu"):
-    """The tokens (T,) of a picture's cells that lie within the pixels `keep`. Others are -1.
+def known_tokens(path, keep, tokenizer):
+    """The tokens (T,) of a picture's cells within the pixels `keep` = (x0, y0, x1, y1).
 
-    Also returns two images (2, 3, H, W): the picture, and what is kept of it. Both may be None.
+    Others are -1. Also returns two images (2, 3, H, W): the picture, and what is kept of it.
     """
-    if path is None and keep is None:
-        return None, None
-    if path is None or keep is None:
-        raise UserError("--complete PICTURE and --keep X0,Y0,X1,Y1 need each other")
     size, grid = tokenizer.image_size, tokenizer.grid_size
     cell = size // grid
     x0, y0, x1, y1 = keep
     cells = torch.zeros(grid, grid, dtype=torch.bool)
-    cells[-(-y0 // cell):y1 // cell, -(-x0 // cell):x1 // cell] = True   # whole cells alone
+    cells[-(-y0 // cell):y1 // cell, -(-x0 // cell):x1 // cell] = True  # only whole cells
     if cells.all() or not cells.any():
         raise UserError(f"--keep holds {cells.sum()} of {grid**2} cells of {cell} pixels: "
                         "hold some, but not all")
-    [pixels] = read_all([path], "center", size)
-    image = to_float(pixels)                                             # (1, 3, H, W)
-    # The rest becomes grey before it is encoded, for an encoder looks beyond a cell.
+    image = to_float(read_picture(path, size))  # (1, 3, H, W)
+    # The rest becomes grey before it is encoded, because an encoder looks beyond a cell.
     seen = torch.where(cells.kron(torch.ones(cell, cell, dtype=torch.bool)), image, 0.5)
-    tokens = tokenizer.encode(seen.to(device)).cpu()[0]
+    tokens = tokenizer.encode(seen)[0].cpu()
     return torch.where(cells.flatten(), tokens, -1), torch.cat([image, seen])
 
-def open_samples(out, folder, count, size, settings):
-    """Where samples go: a path, a folder of numbered PNGs, and the numbers that this process makes.
+# ---- The command
 
-    A grid (.png) or an .npz is made of the PNGs in the end. settings.json says how they were made.
-    """
-    new = (Path(folder, f"samples-{n}.png") for n in itertools.count(1))
-    path = Path(out) if out else next(path for path in new if not path.exists())
-    kind, store = path.suffix, Path(f"{path}.parts")
-    if path.is_dir() or str(out).endswith(("/", os.sep)):
-        kind, store = "folder", path
-    if kind not in ("folder", ".png", ".npz"):
-        raise UserError(f"--out {out}: name a .png for a grid, an .npz, or a folder/")
-    if kind == ".png" and count * max(size, 80)**2 > Image.MAX_IMAGE_PIXELS:
-        raise UserError(f"--out {path}: {count} are too many for a grid: name an .npz or a folder/")
-    about = store / "settings.json"
-    if kind == ".npz" and path.exists() and not about.exists():
-        raise UserError(f"--out {path} is there already: remove it")
-    there = {file.name for file in store.glob("*.png")}
-    if there and not (about.exists() and read_json(about) == settings):
-        raise UserError(f"--out {store} was made with other settings: remove it")
-    wait_for_all()  # nobody writes before all have looked
-    if RANK == 0:
-        write_json(about, settings)
-    missing = [number for number in range(count) if f"{number:06}.png" not in there]
-    return path, store, missing[RANK::WORLD_SIZE]
-
-def save_samples(store, batches):
-    """Write numbers (B,) and images (B, 3, H, W) as PNGs, while the next batch is drawn."""
-    def write(number, pixels):
-        with replacing(store / f"{number:06}.png") as beside:
-            Image.fromarray(pixels).save(beside, "PNG", compress_level=1)
-
-    jobs = []
-    with ThreadPoolExecutor() as pool:  # Pillow compresses without the GIL
-        for numbers, images in batches:
-            for job in jobs:
-                job.result()
-            jobs = [pool.submit(write, *pair) for pair in zip(numbers.tolist(), to_uint8(images))]
-    for job in jobs:
-        job.result()
-
-def pack_samples(path, store, count, names, before=None):
-    """Make the grid or .npz at `path`. In a grid, images (N, 3, H, W) may come `before`."""
-    wait_for_all()
-    if path == store or RANK > 0:
-        return
-    files = [store / f"{number:06}.png" for number in range(count)]
-    pictures = read_all(files, None, None)                               # each (1, H, W, 3)
-    if path.suffix == ".npz":
-        write_npz(path, count, tqdm(pictures, "packing", count, leave=False))
-    else:
-        images = to_float(np.concatenate(list(pictures)))
-        if before is not None:
-            images, names = torch.cat([before, images]), ["picture", "kept", *names]
-        save_grid(path, images, names)
-    with contextlib.suppress(OSError):
-        for file in (*store.glob("*.png"), store / "settings.json"):  # settings last, for kills
-            file.unlink()
-        store.rmdir()
-
-def write_npz(path, count, parts):
-    """Write an .npz of `count` pictures that come in parts uint8 (N, H, W, 3)."""
-    with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            write_array(member, count, parts)
-
-# ---- 6. The command
-
-def run(argv):
-    parser = Parser(prog="tokenizer.py", description=__doc__.split("\n")[0])
-    command = parser.add_subparsers(required=True).add_parser(
-        "reconstruct", help="pictures through the tokenizer and back")
-    command.add_argument("pictures", nargs="+", help="files and folders")
-    command.add_argument("--out", required=True, type=Path, help=".png or .npz to write")
-    command.add_argument("--tokenizer", help="file or run folder [the released one]")
-    command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda, if there is one]")
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {args.out}: name a .png to look at, or an .npz to score")
-    device, _, _ = choose_device(args.device)
-    path = Path(args.tokenizer or released_tokenizer())
+def reconstruct(pictures, out, path, device):
+    """Save pictures as a tokenizer keeps them: beside the originals, or as .npz files of both."""
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: name a .png to look at, or an .npz to score")
+    files = []
+    for each in pictures:
+        files += pictures_in(each) if each.is_dir() else [each]
+    if not files:
+        raise UserError(f"{pictures[0]} has no pictures")
+    beside = out.with_name(f"{out.stem}-originals.npz")
+    if {out.resolve(), beside.resolve()} & {file.resolve() for file in files}:
+        raise UserError(f"--out {out} is one of the pictures: choose another --out")
+    torch.backends.cudnn.allow_tf32 = False  # because it would change tokens
     tokenizer = load(path / "tokenizer.pt" if path.is_dir() else path).to(device)
-    files = [file for name in args.pictures for file in pictures_in(name) or [Path(name)]]
-
-    def pairs():
-        for pixels in read_all(files, "center", tokenizer.image_size):
-            tokens = tokenizer.encode(to_float(pixels, device))
-            yield pixels, to_uint8(tokenizer.decode(tokens))
-
-    bar = tqdm(pairs(), "reconstructing", len(files))
-    if args.out.suffix == ".npz":
-        write_npz(args.out, len(files), (again for _, again in bar))
+    originals, again = [], []
+    for future in read_ahead(files, tokenizer.image_size):
+        originals.append(future.result())  # (1, H, W, 3)
+        tokens = tokenizer.encode(to_float(originals[-1]))
+        again.append(to_uint8(tokenizer.decode(tokens)))
+    if out.suffix == ".png":
+        pairs = [pixels for pair in zip(originals, again) for pixels in pair]
+        save_grid(out, to_float(np.concatenate(pairs)), ["picture", "again"] * min(4, len(files)))
     else:
-        images = to_float(np.concatenate([pixels for pair in bar for pixels in pair]))
-        save_grid(args.out, images, ["picture", "again"] * min(4, len(files)))
-    print(f"{args.out}: {len(files)} pictures by {path}")
+        for target, pixels in ((beside, originals), (out, again)):
+            with replacing(target) as part, open(part, "wb") as file:
+                np.savez(file, arr_0=np.concatenate(pixels))
 
 def main(argv=None):
-    return exit_code(run, argv, "interrupted")
-
-# ---- 7. What all three programs need
-
-class UserError(Exception):
-    """A mistake of the user: one line that names the file or flag. Exit code 2."""
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message):
-        raise UserError(f"{message}; see python {self.prog} --help")
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-def positive(text):
-    if not 1 <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 1,000,000,000, not {text}")
-    return int(text)
-
-def rectangle(text):
-    if not re.fullmatch(r"\d+,\d+,\d+,\d+", text):
-        raise argparse.ArgumentTypeError(f"must be four numbers, such as 0,0,16,32, not {text}")
-    return [int(number) for number in text.split(",")]
-
-def exit_code(function, argv, interrupted="interrupted; the same command goes on"):
-    """Call function(argv). Returns 0, 2 for a user's mistake, or 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="tokenizer.py")
+    parser.add_argument("command", choices=["reconstruct"])
+    parser.add_argument("pictures", nargs="+", type=Path, help="files and folders")
+    parser.add_argument("--out", required=True, type=Path, help=".png to look at, .npz to score")
+    parser.add_argument("--tokenizer", type=Path, help="file or run [the published one]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
     try:
-        function(argv)
-        return 0
-    except KeyboardInterrupt as error:
-        code, message = 130, str(error) or interrupted
-    except BrokenPipeError:  # whoever read our output has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        path = args.tokenizer or released_tokenizer()
+        reconstruct(args.pictures, args.out, path, args.device)
     except (UserError, OSError) as error:
-        code, message = 2, f"error: {error}"
-    except (MemoryError, RuntimeError) as error:
-        # torch has other words for it on a CPU
-        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
-            raise
-        code, message = 2, "error: out of memory: lower --micro-batch or --batch"
-    if RANK > 0:
-        time.sleep(2)  # if rank 0 says the same, torchrun ends us first
-        message = f"rank {RANK}: {message}"
-    print(message, file=sys.stderr)
-    return code
-
-def choose_device(name, precision=None, on_cuda="float32"):
-    """The device, the precision of matrix products, and its autocast context."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU")
-    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
-    precision = precision or (on_cuda if name == "cuda" else "float32")
-    if precision == "tf32" and name == "cpu":
-        raise UserError("--precision tf32 needs --device cuda")
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "float32"
-    # Trap: cuDNN's attention makes a plan for every length, of which sampling has T.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
-
-def gpu_gigabytes(device):
-    if device.type == "cpu":
-        return 0
-    return torch.cuda.get_device_properties(device).total_memory / 1e9
-
-def send(tensor, device):
-    """The tensor on the device. Nobody waits for a copy from pinned memory."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-
-# Processes of torchrun
-
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
-@contextlib.contextmanager
-def processes(device):
-    """Join the processes of torchrun, if there are any. Rank 0 alone talks."""
-    if WORLD_SIZE == 1:
-        yield
-        return
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    # Rank 0 may work alone for long. torchrun notices who has died.
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    if RANK == 0:
-        yield
-    else:
-        with open(os.devnull, "w") as silence:
-            with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-                yield
-    dist.destroy_process_group()  # not after an error, or the others would fail first
-
-def sum_over_processes(tensor):
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-def wait_for_all():
-    sum_over_processes(torch.zeros(1))
-
-def in_any_process(signals):
-    return sum_over_processes(torch.tensor(len(signals))).item() > 0
-
-@contextlib.contextmanager
-def noting_signals():
-    """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one strikes at once."""
-    noted, before = [], {}
-
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(number, before[number])
-        tqdm.write("stopping after this update", file=sys.stderr)
-
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
-            before[number] = signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-@contextlib.contextmanager
-def locked(path, busy=None):
-    """Hold a lock file. If another program holds it, wait, or raise UserError(busy)."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-    with file:
-        if RANK == 0 and os.name == "posix":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-            except BlockingIOError:
-                raise UserError(busy) from None
-        wait_for_all()
-        yield
-
-# Files
-
-@contextlib.contextmanager
-def writing(path):
-    """Turn what the disk refuses into a UserError that names the path."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save turns a full disk into a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
-
-@contextlib.contextmanager
-def reading(path, wrong=None):
-    """Turn what a damaged file raises into a UserError that names the path."""
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:
-        raise UserError(f"{path} {wrong}" if wrong else f"{path}: {error}") from error
-
-@contextlib.contextmanager
-def replacing(path, ending=".part"):
-    """Yield a path to write to. It is renamed to `path` when all is written."""
-    path = Path(path)
-    beside = Path(f"{path}{ending}")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield beside
-            os.replace(beside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-
-def write_tensors(path, tensors):
-    with replacing(path) as beside, open(beside, "wb") as file:  # a file says why it is full
-        torch.save(tensors, file)
-
-def write_json(path, value):
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n")
-
-def read_json(path):
-    with reading(path):
-        return json.loads(Path(path).read_text())
-
-def read_tensors(path):
-    """The dictionary that torch.save wrote to a file. Nothing in it is executed."""
-    with reading(path, "is not a dictionary of tensors by torch.save, or is damaged"):
-        with zipfile.ZipFile(path) as archive:
-            # torch.save compresses nothing, a bomb does. torch.load ignores checksums.
-            if any(member.compress_type for member in archive.infolist()) or archive.testzip():
-                raise ValueError
-        value = torch.load(path, "cpu", weights_only=True, mmap=True)
-        if not isinstance(value, dict):
-            raise ValueError
-        return value
-
-def load_strictly(module, state, path, assign=False):
-    """Copy a state dict into a module, or assign it. Names and shapes must agree."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    for name in wanted | found:
-        here, there = found.get(name, "missing"), wanted.get(name, "unknown")
-        if here != there:
-            raise UserError(f"{path} does not fit the model: {name} is {here}, expected {there}")
-    module.load_state_dict(state, assign=assign)
-
-def digest(*parts):
-    """SHA-256 of arrays and texts."""
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
-    return sha.hexdigest()
-
-def digest_of(module):
-    return digest(*(tensor.cpu().numpy() for tensor in module.state_dict().values()))
-
-# Downloads
-
-RELEASED = "maskgit-vqgan-imagenet-f16-256.bin"
-RELEASED_MODELS = {  # file and SHA-256
-    "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
-    "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
-    "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
-    "RAR-XXL": ("rar_xxl.bin", "85aba44fef7aecfd879829077e541f09da4c29da3b1fd374837601d7322bf6ff"),
-}
-
-def fetch_released(model):
-    """The path of a released model's weights. They and the tokenizer are fetched once."""
-    if RANK == 0:
-        released_tokenizer()
-        fetch_hub("yucornetto/RAR", *RELEASED_MODELS[model])
-    wait_for_all()
-    return fetch_hub("yucornetto/RAR", *RELEASED_MODELS[model])
-
-def released_tokenizer(*folders):
-    """The path of the released tokenizer, which is fetched if need be."""
-    for folder in (*folders, ".", torch.hub.get_dir()):
-        if Path(folder, RELEASED).is_file():
-            return Path(folder, RELEASED)
-    return fetch_hub("fun-research/TiTok", RELEASED)
-
-def fetch_hub(repository, file, sha256=None):
-    """The path of a file of Hugging Face, or of its mirror HF_ENDPOINT."""
-    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return fetch(f"{host.rstrip('/')}/{repository}/resolve/main/{file}", sha256)
-
-def fetch(url, sha256=None):
-    """The path of the file at a URL, which is downloaded once, into torch.hub's folder."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
-    if path.exists():
-        return path
-    with replacing(path, f".{os.getpid()}.part") as beside:  # two may download it at once
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response, open(beside, "wb") as file:
-                with tqdm.wrapattr(file, "write", response.length, desc=url) as target:
-                    shutil.copyfileobj(response, target)
-            is_whole = zipfile.is_zipfile(beside)  # as torch.save writes
-            if sha256 is not None:
-                is_whole = digest(np.memmap(beside, mode="r")) == sha256
-            if not is_whole:
-                raise ValueError("it is not that file, or not whole")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"cannot download {url}: {error}; retry or put it at {path}") from error
-    return path
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 if __name__ == "__main__":
     sys.exit(main())
