@@ -376,9 +376,9 @@ def scan_order(name, grid_size):
     """
     N, half = grid_size, (grid_size + 1) // 2
     grid = np.arange(N * N).reshape(N, N)
+    row, column = np.divmod(grid.flatten(), N)
     orders = {"raster": grid.flatten()}
-    rows = [row[::-1] if number % 2 else row for number, row in enumerate(grid)]
-    orders["alternate"] = np.concatenate(rows)
+    orders["alternate"] = np.concatenate([grid[i, ::(-1)**i] for i in range(N)])
 
     # Go down the left side, take it away, and turn the rest so that its next side is on the left.
     spiral, rest = [], grid.T
@@ -388,7 +388,6 @@ def scan_order(name, grid_size):
     orders |= {"spiral_in": np.array(spiral), "spiral_out": np.array(spiral[::-1])}
 
     # The first cell of each quarter, then the second of each. Trap: lexsort's last key counts most.
-    row, column = np.divmod(np.arange(N * N), N)
     orders["subsample"] = np.lexsort((column // half, row // half, column % half, row % half))
 
     # The bits of row and column in turn: quarter by quarter, and within each likewise.
@@ -409,10 +408,10 @@ class Cache:
         self.slots, self.filled = slots, 0
 
     def attend(self, q, k, v, dropout):
-        """Attention of new slots to themselves and the slots before. All (B, H, S, D/H)."""
+        """Attention of new slots to themselves and to those before. All (B, H, S, D/H)."""
         first, self.filled = self.filled, self.filled + k.shape[2]
         if first == 0:
-            # Under autocast v is bfloat16, but k comes out of a norm as float32: keep it as v is.
+            # As v is: under autocast k is float32, because it comes out of a norm.
             shape = *v.shape[:2], self.slots, v.shape[3]
             self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
         self.keys[:, :, first:self.filled] = k
@@ -433,8 +432,8 @@ AHEAD = 32  # slots for which adaLN runs at once
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
     """As generate_slowly, but with a cache. By default uniforms are random and orders raster.
-    known (B, T), in cell order, holds tokens that are given, or -1. The cells before them in an
-    order don't see them, so known cells should come first."""
+    known (B, T), in cell order, holds tokens that are given, or -1. Known cells should come first
+    in an order, because cells before them don't see them."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
@@ -449,13 +448,13 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     row_of = torch.arange(B, device=device)
     if copies == 2:
         row_of = torch.cat([row_of, torch.full_like(row_of, B)])  # (copies * B,)
-    position_embeddings = model.position_embeddings(orders)  # (B, T + 1, D)
+    positions = model.position_embeddings(orders)  # (B, T + 1, D)
     caches = [Cache(T + 1) for _ in model.blocks]
 
     x = model.prompt(classes[row_of])  # first slots 0 and 1, then a slot a turn
     for t in range(T):
         first, last = (t + 1 if t else 0), t + 1
-        x = x + position_embeddings[:, first:last + 1].repeat(copies, 1, 1)
+        x = x + positions[:, first:last + 1].repeat(copies, 1, 1)
 
         # adaLN is a third of all weights, and it needs class and slot only. So its layers run for
         # 32 slots at once: their weights are read 32 times less often. All 256 at once would take
@@ -463,7 +462,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         if first % AHEAD == 0:
             # Let go of the old tables first, or both sets are in memory while the new are made.
             tables = table = head_table = None
-            condition = model.condition(classes, first, first + AHEAD)
+            condition = model.condition(classes, first, first + AHEAD)  # (B + 1, 32, D)
             tables = [block.adaLN_modulation(condition) for block in model.blocks]
             head_table = model.adaln_before_head.adaLN_modulation(condition)
         slots = slice(first % AHEAD, last % AHEAD + 1)
@@ -471,8 +470,8 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         for block, table, cache in zip(model.blocks, tables, caches):
             x = block(x, table[row_of, slots], cache.attend)
         with torch.autocast(device.type, enabled=False):  # Guidance would amplify rounding.
-            modulation = head_table[row_of, slots][:, -1:].float()
-            logits = model.head(x[:, -1:].float(), modulation)[:, 0]
+            modulation = head_table[row_of, slots].float()
+            logits = model.head(x.float(), modulation)[:, -1]
 
         if copies == 2:
             conditional, unconditional = logits.chunk(2)
@@ -492,7 +491,7 @@ def image_uniforms(seed, numbers, length):
 
 
 def image_orders(config, numbers, known=None):
-    """The orders (B, T) of pictures. Cells whose token is known come first."""
+    """The orders (B, T) of pictures. Cells whose token is known (T,) come first."""
     T = config.grid_size**2
     if config.order == "random":
         # The first T uniforms of a picture decide its draws, the next T its order.
@@ -508,7 +507,7 @@ def image_orders(config, numbers, known=None):
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Picture i depends only on
     labels[i], weights, settings and i. known (T,) holds tokens that all are given, or -1."""
-    device = model.cls_token.device
+    device, B = model.cls_token.device, config.micro_batch
     numbers = list(range(len(labels)) if numbers is None else numbers)
 
     def draw_all(labels, uniforms, orders, known):
@@ -516,15 +515,15 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
             return generate(model, labels, config.scale, config.power, config.temperature,
                             uniforms=uniforms, orders=orders, known=known)
 
-    is_recorded = device.type == "cuda" and len(numbers) > config.micro_batch
-    for start in tqdm(range(0, len(numbers), config.micro_batch), "sampling", leave=False):
-        part = numbers[start:start + config.micro_batch]
+    is_recorded = device.type == "cuda" and len(numbers) > B
+    for start in tqdm(range(0, len(numbers), B), "sampling", leave=False):
+        part = numbers[start:start + B]
         # A recording has one size, so the last batch is filled up.
-        fill = part[-1:] * (config.micro_batch - len(part)) if is_recorded else []
-        uniforms = image_uniforms(config.seed, part + fill, config.grid_size**2)
-        orders = image_orders(config, part + fill, known)
+        full = part + part[-1:] * (B - len(part)) if is_recorded else part
+        uniforms = image_uniforms(config.seed, full, config.grid_size**2)
         given = torch.tensor(-1) if known is None else known
-        inputs = [x.to(device) for x in (labels[part + fill], uniforms, orders, given)]
+        inputs = labels[full], uniforms, image_orders(config, full, known), given
+        inputs = [x.to(device) for x in inputs]
         if is_recorded and start == 0:
             draw_all = recorded(draw_all, *inputs)
         yield torch.tensor(part), draw_all(*inputs)[:len(part)]
@@ -560,14 +559,16 @@ def draw_batch(rows, config, step, rank=0, processes=1):
 
 
 def train_step(network, optimizer, config, batch, step, autocast):
-    """Make update `step`, micro-batch by micro-batch, with a batch of draw_batch. Returns loss and
-    accuracy, gradient norm (all tensors, so that nothing waits for the GPU) and learning rate."""
+    """Make update `step`, micro-batch by micro-batch, of what draw_batch gives. Returns loss,
+    accuracy, gradient norm and learning rate, as tensors, so that nothing waits for the GPU."""
     tokens, labels, orders, _ = batch
     device = next(network.parameters()).device
     sums = torch.zeros(2, device=device)
     for start in range(0, len(tokens), config.micro_batch):
         stop = start + config.micro_batch
-        inputs = [send(x[start:stop], device) for x in (tokens, labels, orders)]
+        inputs = [x[start:stop] for x in (tokens, labels, orders)]
+        if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
+            inputs = [x.contiguous().pin_memory().to(device, non_blocking=True) for x in inputs]
         fraction = len(inputs[0]) / config.batch
         # As DDP.no_sync does it: only the last micro-batch exchanges gradients.
         network.require_backward_grad_sync = stop >= len(tokens)
@@ -579,24 +580,15 @@ def train_step(network, optimizer, config, batch, step, autocast):
 
     norm, lr = update(network, optimizer, config, step)
     optimizer.zero_grad(set_to_none=False)  # In place, because they are views of DDP's buckets.
-    loss, accuracy = sum_over_processes(sums)
-    return loss, accuracy, norm, lr
-
-
-def send(tensor, device):
-    """The tensor on the device. From pinned memory it is copied while Python goes on."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return *sum_over_processes(sums), norm, lr
 
 
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
     """Bits per token on rows (N, 1 + T), in the final and in random orders."""
-    rows = torch.from_numpy(rows.astype(np.int64))
+    rows, bits = torch.from_numpy(rows.astype(np.int64)), {}
     order, device = scan_order(config.order, config.grid_size), model.cls_token.device
     model.eval()
-    bits = {}
     for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
         # For all rows at once, because orders must not depend on the micro-batch.
         orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
@@ -604,7 +596,7 @@ def evaluate(model, rows, config, autocast):
         for part in torch.arange(len(rows)).split(config.micro_batch):
             inputs = [x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
             with autocast:
-                # Not the model itself, which would be compiled once more for this.
+                # Not the model itself, or torch.compile would compile it anew.
                 loss, _ = training_loss(model.forward, *inputs)
             nats += loss.item() * len(part)
         bits[name] = nats / len(rows) / math.log(2)
@@ -624,8 +616,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     done, log = resume(folder, model, optimizer)
     if config.init and done == 0:
         load_init(model, config)
-
-    if config.compile:
+    if config.compile and device.type == "cuda":
         model.compile()  # in place, so parameters keep their names
     network = model
     if WORLD_SIZE > 1:
@@ -637,11 +628,10 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     with bar, noting_signals() as signals:
         for step in bar:
             batch = draw_batch(rows, config, step, RANK, WORLD_SIZE)
-            # Dropout is decided by seed, step and rank, so a run that is continued has the same.
+            # Seed, step and rank decide dropout, so a run that is continued has the same.
             torch.manual_seed(hash((config.seed, step, RANK)))
             model.train()
-            loss, accuracy, norm, lr = train_step(
-                network, optimizer, config, batch, step, autocast)
+            results = train_step(network, optimizer, config, batch, step, autocast)
 
             done = step + 1
             stopping = in_any_process(signals)
@@ -651,12 +641,13 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                 continue
 
             # Only from here on does Python wait for the GPU.
-            line = dict(step=done, loss=float(loss), accuracy=float(accuracy), r=batch[-1], lr=lr,
-                        gradient_norm=float(norm),
-                        passes=done * config.batch * CROPS[config.crops] / len(rows))
-            if not math.isfinite(line["loss"] + line["gradient_norm"]):
+            loss, accuracy, norm, lr = map(float, results)
+            if not math.isfinite(loss + norm):
                 raise UserError(f"update {done}: loss or gradient is NaN. The last checkpoint is "
                                 "good: run the same command with a lower --lr")
+            line = dict(step=done, loss=loss, accuracy=accuracy, r=batch[-1], lr=lr,
+                        gradient_norm=norm,
+                        passes=done * config.batch * CROPS[config.crops] / len(rows))
             bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
             if RANK == 0 and milestone:
                 line |= evaluate(model, held_out, config, autocast)
@@ -675,9 +666,9 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
 def save_preview(folder, done, model, tokenizer, config, autocast):
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
     batches = sample_tokens(model, labels, config, autocast)
-    images = [tokenizer.decode(tokens).cpu() for _, tokens in batches]
+    images = torch.cat([tokenizer.decode(tokens).cpu() for _, tokens in batches])
     names = config.class_names or range(config.num_classes)
-    save_grid(folder / f"step-{done:06}.png", torch.cat(images), names)
+    save_grid(folder / f"step-{done:06}.png", images, names)
 
 
 def checkpoints(folder):
@@ -770,7 +761,7 @@ class Config:
     betas: tuple = (0.9, 0.96)  # AdamW's betas
     clip: float = 1.0  # largest norm of the gradients
     micro_batch: int = 64  # samples in memory at once
-    compile: bool = False  # use torch.compile, for GPUs
+    compile: bool = True  # use torch.compile on a GPU; not for tiny and small
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
     order: str = "raster"  # order of cells; a wrong name lists all
@@ -798,7 +789,7 @@ MAY_CHANGE = ("lr", "min_lr", "clip", "micro_batch", "compile", "log_every", "sa
               "scale", "power", "temperature")
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
-                   grid_size=8, tokenizer="patch", warmup=0.05, log_every=20)
+                   grid_size=8, tokenizer="patch", warmup=0.05, log_every=20, compile=False)
 PRESETS = {  # with micro-batches for 80 GB
     "tiny": Config(**WITHOUT_GPU, crops="center", codebook_size=192, label_dropout=0.2, steps=1500,
                    batch=16, lr=4e-3, save_every=500, scale=1.65, power=0.0, temperature=0.8),
@@ -838,6 +829,28 @@ def continued(folder, given):
         if new != old:
             print(f"{folder}: {flag_of(name)} was {old} and is {new} from now on")
     return changed
+
+
+def fit_micro_batch(config, device, is_training):
+    """Lower the micro-batch to what fits into 85 % of the GPU's memory."""
+    if device.type == "cpu":
+        return
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in RAR(config).parameters())
+    states, slots = config.width * config.depth, config.grid_size**2 + 1
+    if is_training:
+        # Measured: bytes for each channel of each block's output. And a parameter has a gradient
+        # and two averages of AdamW.
+        fixed, each = 16 * parameters, (80 if config.compile else 105) * states * slots
+    else:
+        # The tokenizer's decoder and the CUDA graph; keys and values of two sequences, and adaLN.
+        fixed = 4 * parameters + 3e9 + 7e7 * config.depth
+        each = 4 * states * (2 * 2 * slots + 6 * AHEAD)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    fits = max(1, int((0.85 * memory - fixed) / each))
+    if fits < config.micro_batch:
+        print(f"--micro-batch is {fits}, because the GPU has {memory / 1e9:.0f} GB")
+        config.micro_batch = fits
 
 
 # ---- 9. Data
@@ -912,8 +925,7 @@ def encoded(pictures, tokenizer, crops, name):
     # A file that was changed is another picture, so its size and time belong to the key.
     files = [(number, str(path), path.stat().st_size, path.stat().st_mtime_ns)
              for number, path in pictures]
-    key = fingerprint(tokenizer, crops, files)
-    path = Path(f"runs/tokens/{name}-{key}.npy")
+    path = Path(f"runs/tokens/{name}-{fingerprint(tokenizer, crops, files)}.npy")
     if in_any_process(not path.exists()):
         shards = path.with_suffix(".shards")
         encode_shards(pictures, tokenizer, crops, shards, RANK, WORLD_SIZE)
@@ -934,12 +946,11 @@ def train_command(args, given, device, autocast):
     data = given.get("data", run.data if run else "shapes")
     names, pictures, held_out = find_data(data)
 
-    preset = "small"
-    if data == "shapes":
+    preset = args.model or "small"
+    if not args.model and data == "shapes":
         preset = "tiny"
-    elif not pictures or len(names) == 1000 and device.type == "cuda":
+    elif not args.model and (not pictures or len(names) == 1000 and device.type == "cuda"):
         preset = "RAR-B"
-    preset = args.model or preset
     stem = Path(data).resolve().name.removesuffix(".jsonl")
     folder = Path(args.out or f"runs/{stem}-{preset}")
 
@@ -949,17 +960,20 @@ def train_command(args, given, device, autocast):
     else:
         chosen = {}
         if data == "shapes":
-            chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
+            chosen = dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
         elif preset == "small":
             count = len(pictures)
-            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
+            chosen = dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
             if count < 2000:  # or they would be memorised
                 chosen |= dict(crops="ten", dropout=0.2)
         config = dataclasses.replace(PRESETS[preset], **chosen | given)
     scan_order(config.order, config.grid_size)  # A wrong name is refused before the long work.
 
     print(f"{folder}: --model {preset}, {config.num_classes} classes, {config.steps:,} updates, "
-          f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}")
+          f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}"
+          + "; compiling takes a minute" * (config.compile and device.type == "cuda"))
+    if "micro_batch" not in given:
+        fit_micro_batch(config, device, is_training=True)
     if preset == "small" and not args.model:
         print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores. Better pictures: "
               "more --steps, --image-size 64 --grid-size 16, or on a GPU --model RAR-B --init "
@@ -980,6 +994,9 @@ def train_command(args, given, device, autocast):
 
 def sample_command(args, given, device, autocast):
     model, config, folder = load_model(args.weights, given, device)
+    if "micro_batch" not in given:
+        config.micro_batch = 64 if device.type == "cpu" else 128
+        fit_micro_batch(config, device, is_training=False)
     tokenizer = open_tokenizer(config, folder).to(device)
     names = config.class_names or [str(i) for i in range(config.num_classes)]
     number_of = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
@@ -990,12 +1007,12 @@ def sample_command(args, given, device, autocast):
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
 
-    columns, before, known = [names[number] for number in classes], [], None
+    columns, before, known = [names[i] for i in classes], [], None
     if bool(args.complete) != bool(args.keep):
         raise UserError("--complete PICTURE and --keep X0 Y0 X1 Y1 need each other")
     if args.complete:
         known, before = known_tokens(args.complete, args.keep, tokenizer)
-        columns = ["picture", "kept", *[names[number] for number in labels]]
+        columns = ["picture", "kept", *[names[i] for i in labels]]
     final = scan_order((read_config(folder) or config).order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
         print("these weights are annealed to another order: take a checkpoint from before that")
@@ -1008,7 +1025,9 @@ def sample_command(args, given, device, autocast):
     files = [store / f"{number:06}.png" for number in range(count)]
     missing = [number for number in range(count) if not files[number].exists()]
 
-    if device.type == "cpu" and args.precision == "float32":
+    if args.precision == "bfloat16":
+        to_bfloat16(model)
+    elif device.type == "cpu":
         to_mkldnn(model.blocks)  # For a few rows, oneDNN's products are faster than MKL's.
     batches = sample_tokens(model, labels, config, autocast, missing[RANK::WORLD_SIZE], known)
     with ThreadPoolExecutor() as pool:  # Pillow compresses while the next batch is drawn.
@@ -1021,7 +1040,6 @@ def sample_command(args, given, device, autocast):
     wait_for_all()
 
     if RANK == 0 and path != store:
-        # Threads read them, because Pillow frees the GIL.
         pixels = np.empty((count, tokenizer.image_size, tokenizer.image_size, 3), np.uint8)
         for i, picture in enumerate(read_ahead(files, None, purpose="packing")):
             pixels[i] = picture.result()
@@ -1034,6 +1052,13 @@ def sample_command(args, given, device, autocast):
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
 
+def to_bfloat16(model):
+    """Store the matrices of blocks as autocast wants them. Otherwise it casts them every token."""
+    for layer in model.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(torch.bfloat16)
+
+
 def folder_of_pngs(path, out, settings):
     """The folder for numbered PNGs, of which the grid or .npz at `path` is made in the end. Its
     settings.json says how they were made, so that the same command can continue."""
@@ -1043,7 +1068,7 @@ def folder_of_pngs(path, out, settings):
     if not is_folder and path.suffix not in (".png", ".npz"):
         raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder/")
     if out and not is_folder and path.exists():
-        raise UserError(f"{path} is there already: choose another --seed or --out")
+        raise UserError(f"{path} is there already: choose another --out")
     if any(store.glob("*.png")) and not (about.exists() and about.read_text() == text):
         raise UserError(f"{store} has pictures made with other settings: choose another --out")
     wait_for_all()  # Nobody writes before all have looked.
@@ -1210,13 +1235,14 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TOLD else 1
 def choose_device(name, precision, on_cuda):
     """The device, the precision of matrix products, and its autocast context."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision or (on_cuda if name == "cuda" else "float32")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU")
-    if name == "cpu" and precision == "tf32":
-        raise UserError("--precision tf32 needs --device cuda")
-    local_rank = int(os.environ["LOCAL_RANK"]) if TOLD else 0
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else "cpu")
+    device = torch.device(name, int(os.environ["LOCAL_RANK"]) if TOLD and name == "cuda" else 0)
+    # Older cards have no TF32, and would emulate bfloat16 slowly.
+    is_new = name == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    precision = precision or (on_cuda if is_new else "float32")
+    if precision != "float32" and not is_new and (precision, name) != ("bfloat16", "cpu"):
+        raise UserError(f"--precision {precision} needs a GPU of compute capability 8 or more")
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     # Trap: cuDNN's attention makes a plan for every length, of which there are many.
@@ -1267,9 +1293,8 @@ def noting_signals():
         signal.signal(number, before[number])
         tqdm.write("stopping after this update", file=sys.stderr)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP.
-        if signal.getsignal(number) not in (signal.SIG_IGN, note):  # nohup ignores it.
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
             before[number] = signal.signal(number, note)
     try:
         yield noted
@@ -1295,17 +1320,17 @@ def locked(folder):
         yield
 
 
+def write_text(path, text):
+    with replacing(path) as beside:
+        beside.write_text(text)
+
+
 def write_tensors(path, tensors):
     with replacing(path) as beside, open(beside, "wb") as file:
         try:
             torch.save(tensors, file)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
-
-
-def write_text(path, text):
-    with replacing(path) as beside:
-        beside.write_text(text)
 
 
 def read_tensors(path):
