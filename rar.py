@@ -19,18 +19,19 @@ over pictures x and orders o, the sum over i of
 With probability r a picture's order is drawn from all T! orders, otherwise it is raster. r = 1 is
 the objective of permutation language models such as XLNet. But no model masters all orders, and to
 draw a picture one order is enough. So r is 1 for half of the training, falls to 0 in the third
-quarter, and stays there: the model ends on the order in which it will draw. The paper's FID of
-RAR-L (less is better) is 3.08 in raster order, 3.01 in random orders, and 2.18 annealed.
+quarter, and stays there: the model ends on the order in which it will draw. In the paper the FID of
+RAR-L, a distance to real pictures, is 3.08 in raster order, 3.01 in random orders, 2.18 annealed.
 
 Random orders need one more thing: the model must be told which cell is asked for. After cells 2
-and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. The model has
-seen the same in both, so without a word about the next cell it could only answer the same. A
-second position embedding, the target-aware one, tells it. In a fixed order the next cell follows
-from the present one, so after annealing both tables can be merged into one.
+and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. So far both
+have the same input, so the model could only give both the same answer. A second position
+embedding, the target-aware one, tells it the next cell. In a fixed order the next cell follows from
+the present one, so after annealing both embeddings could be merged into one (not done here).
 
 A slot is a place in the sequence, and x_c is the token of cell c. Below are the cells
 [[0, 1], [2, 3]] in the order [2, 0, 3, 1]. The sequence begins with a start token, cls, and the
-class. These two are never permuted, because every token is to be predicted from the class.
+class. These two are never permuted, because every token is to be predicted from the class. adaLN,
+which tells each block class and slot, comes in section 2.
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (x_1 is not needed)
@@ -39,9 +40,9 @@ class. These two are never permuted, because every token is to be predicted from
     row of timesteps_...          0        1        2        3        4      (the slot, for adaLN)
     predicts                      -       x_2      x_0      x_3      x_1
 
-Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II makes both loops fast and safe:
-5 scan orders, 6 sampling with a cache, 7 training that resumes. Part III is the program around
-them: 8 settings, 9 data, 10 commands, 11 processes and files.
+Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II has 5 other scan orders than
+raster, and both loops fast and safe: 6 sampling with a cache, 7 training that can be continued.
+Part III is the program around them: 8 settings, 9 data, 10 commands, 11 processes and files.
 
 Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
 """
@@ -129,10 +130,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block that is told class and slot by adaLN, as in DiT: a linear layer maps
-    their embeddings to six vectors, the modulation. They shift and scale what enters attention
-    and MLP, and gate what leaves them. Unlike DiT's, the norms also have weights of their own,
-    because the released models do."""
+    """A transformer block that is told class and slot by adaLN, as DiT is told class and time: a
+    linear layer maps the sum of their embeddings to six vectors, the modulation. They shift and
+    scale what enters attention and MLP, and gate what leaves them. Unlike DiT's, norm1 and norm2
+    have weights of their own, too, because those of the released models do."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,8 +145,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, modulation, attend=causal):
-        """(B, S, D) -> (B, S, D), under a modulation (B, S, 6D). It comes from outside, and so
-        does the function that attends, because sampling prepares both (section 6)."""
+        """(B, S, D) -> (B, S, D). The modulation (B, S, 6D) and the function that attends come
+        from outside, because sampling with a cache has other ones (section 6)."""
         (shift_attn, scale_attn, gate_attn,
          shift_mlp, scale_mlp, gate_mlp) = modulation.chunk(6, dim=-1)  # (B, S, D) each
         x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, attend)
@@ -161,9 +162,10 @@ class RAR(nn.Module):
         self.config = config
         D, T = config.width, config.grid_size**2
 
-        # cls predicts nothing. The released models have it, so their weights fit only with it.
+        # cls comes from ViT, where a classifier reads its slot. Here nothing is read from it, but
+        # the released models were trained with it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        # One table for V tokens, one that is unused, the classes, and "no class".
+        # Rows for V tokens, then one that is unused, the classes, and "no class".
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
         # The released tables are longer than needed. Rows 0 to T + 1 of pos_embed are used, 2 to
         # T + 1 of the target-aware one, 0 to T of timesteps.
@@ -239,11 +241,12 @@ def training_loss(model, tokens, labels, orders):
     return loss, (logits.argmax(-1) == targets).float().mean()
 
 
-# ---- 3. Sampling, slowly. This loop and the next say what is right: tests hold part II to them
+# ---- 3. Sampling, slowly. Tests hold part II to this loop and to that of section 4
 
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
-    are drawn from u + g (c - u), with logits c given the class and u without it. g rises from 1 to
+    are drawn from u + g (c - u), with logits c given the class and u without it. A g above 1
+    overshoots towards the class: pictures become more typical and less varied. g goes from 1 to
     `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
@@ -255,7 +258,8 @@ def draw(logits, temperature, uniforms):
         return logits.argmax(-1)
     # Without their maximum, logits stay finite when a small temperature divides them.
     logits = logits - logits.amax(-1, keepdim=True)
-    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    cumulative = probabilities.cumsum(-1)
     # By rounding, the last sum may be below 1, so uniforms are scaled by it.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
@@ -270,8 +274,8 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
         # Attention is causal, so the tokens that are not drawn yet, 0, change nothing.
         logits = model(tokens, labels, orders)[:, t]  # (B, V)
 
-        # 0 and 1 switch guidance off. (By the formula 0 would be the model without class; as in
-        # the authors' code it is not.)
+        # 0 and 1 switch guidance off. (By the formula 0 would end in the model without class. As
+        # in the authors' code it does not.)
         if scale not in (0, 1):
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
@@ -306,8 +310,8 @@ def make_optimizer(model, config):
 
 @lru_cache(maxsize=2)  # A batch may lie in two epochs, and ImageNet's 12.8 million take 0.7 s.
 def shuffled(count, seed, epoch):
-    """The rows as an epoch visits them. The 1 makes this another stream than that of the updates,
-    whose key is (seed, step)."""
+    """The rows as an epoch visits them."""
+    # The 1 keeps these numbers apart from those of update `epoch`, whose key is (seed, step).
     return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
 
@@ -319,8 +323,7 @@ def whole_batch(rows, config, step, rng):
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
     labels, tokens = batch[:, 0], batch[:, 1:]
 
-    # Guidance compares with a model without class. To be one, too, the model sees some samples
-    # without theirs.
+    # Guidance needs predictions without class, too, so some samples are shown without theirs.
     labels[rng.random(B) < config.label_dropout] = config.num_classes
     return tokens, labels
 
@@ -328,6 +331,7 @@ def whole_batch(rows, config, step, rng):
 def update(model, optimizer, config, step):
     """Make update `step` from the gradients. Returns their norm and the learning rate."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    # config has the warm-up, like the annealing, as a fraction of all updates.
     lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -337,13 +341,13 @@ def update(model, optimizer, config, step):
 
 def train_plainly(model, rows, config, order=None):
     """Train on rows (N, 1 + T), first in random orders and in the end in `order` (T,), by default
-    raster. `step` counts the updates before, from 0 on. The log counts from 1."""
+    raster. `step` counts from 0, but the log of part II from 1."""
     optimizer = make_optimizer(model, config)
-    annealing = config.anneal[0] * config.steps, config.anneal[1] * config.steps
+    start, end = config.anneal[0] * config.steps, config.anneal[1] * config.steps
     for step in tqdm(range(config.steps), "training"):
         rng = np.random.default_rng((config.seed, step))
         tokens, labels = whole_batch(rows, config, step, rng)
-        r = randomness(step, *annealing)
+        r = randomness(step, start, end)
         orders = sample_orders(*tokens.shape, r, order, rng)
 
         loss, _ = training_loss(model, tokens, labels, orders)
@@ -361,7 +365,7 @@ from pathlib import Path
 from tokenizer import CROPS, UserError, replacing, save_grid
 
 
-# ---- 5. Scan orders: the five others of the paper
+# ---- 5. Scan orders: the paper's five besides raster
 
 @lru_cache
 def scan_order(name, grid_size):
@@ -390,9 +394,10 @@ def scan_order(name, grid_size):
     # The first cell of each quarter, then the second of each. Trap: lexsort's last key counts most.
     orders["subsample"] = np.lexsort((column // half, row // half, column % half, row % half))
 
-    # The bits of row and column in turn: quarter by quarter, and within each likewise.
-    bits = [(number[:, None] >> np.arange(8) & 1) << 2 * np.arange(8) for number in (row, column)]
-    orders["z_curve"] = (2 * bits[0] + bits[1]).sum(1).argsort()
+    # Sorted by the binary digits of row and column in turn: quarter by quarter, and within each
+    # likewise.
+    rank = sum((row >> i & 1) << 2 * i + 1 | (column >> i & 1) << 2 * i for i in range(8))
+    orders["z_curve"] = rank.argsort()
 
     if name not in orders:
         raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
@@ -411,7 +416,7 @@ class Cache:
         """Attention of new slots to themselves and to those before. All (B, H, S, D/H)."""
         first, self.filled = self.filled, self.filled + k.shape[2]
         if first == 0:
-            # As v is: under autocast k is float32, because it comes out of a norm.
+            # With the type of v. Under autocast k has float32, because it comes out of a norm.
             shape = *v.shape[:2], self.slots, v.shape[3]
             self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
         self.keys[:, :, first:self.filled] = k
@@ -426,14 +431,24 @@ class Cache:
         return scores.softmax(-1) @ values
 
 
-AHEAD = 32  # slots for which adaLN runs at once
+AHEAD = 32
+
+
+def adaln_tables(model, classes, first):
+    """The modulations of each block, (C, 32, 6D), and of the head, (C, 32, 2D), for classes (C,)
+    and 32 slots from `first` on. adaLN is a third of all weights, and it needs class and slot only.
+    With 32 slots at once its weights are read 32 times less often. All 256 at once would take 14 GB
+    for 128 pictures of RAR-B, 32 take 1.7."""
+    condition = model.condition(classes, first, first + AHEAD)  # (C, 32, D)
+    tables = [block.adaLN_modulation(condition) for block in model.blocks]
+    return tables, model.adaln_before_head.adaLN_modulation(condition)
 
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
     """As generate_slowly, but with a cache. By default uniforms are random and orders raster.
-    known (B, T), in cell order, holds tokens that are given, or -1. Known cells should come first
-    in an order, because cells before them don't see them."""
+    To complete pictures, known (B, T), in cell order, holds tokens that are given, or -1. They are
+    draws whose result is forced. They should come first in an order, for the others to see them."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
@@ -441,35 +456,29 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     known = known.expand(B, T).gather(1, orders)
     tokens = torch.empty_like(orders)  # both in the order of drawing
 
-    # With guidance every picture is two sequences: all with their class, then all without. Those
-    # without share a row of adaLN's tables, and row_of tells each sequence its row.
+    # With guidance every picture is two sequences: first all with their class, then all without.
+    # The tables of adaLN have a row for each label, and one more for all sequences without class.
     copies = 2 if scale not in (0, 1) else 1
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
-    row_of = torch.arange(B, device=device)
-    if copies == 2:
-        row_of = torch.cat([row_of, torch.full_like(row_of, B)])  # (copies * B,)
-    positions = model.position_embeddings(orders)  # (B, T + 1, D)
+    row_of = torch.arange(copies * B, device=device).clamp(max=B)  # of each sequence
+    positions = model.position_embeddings(orders).repeat(copies, 1, 1)  # (copies * B, T + 1, D)
     caches = [Cache(T + 1) for _ in model.blocks]
 
-    x = model.prompt(classes[row_of])  # first slots 0 and 1, then a slot a turn
+    # Turn 0 runs the prompt in slots 0 and 1, and turn t the token drawn last in slot t + 1.
+    x = model.prompt(classes[row_of])  # (copies * B, 2, D)
     for t in range(T):
-        first, last = (t + 1 if t else 0), t + 1
-        x = x + positions[:, first:last + 1].repeat(copies, 1, 1)
-
-        # adaLN is a third of all weights, and it needs class and slot only. So its layers run for
-        # 32 slots at once: their weights are read 32 times less often. All 256 at once would take
-        # 14 GB for 128 pictures of RAR-B, 32 take 1.7.
+        first, last = (0, 1) if t == 0 else (t + 1, t + 1)
         if first % AHEAD == 0:
             # Let go of the old tables first, or both sets are in memory while the new are made.
             tables = table = head_table = None
-            condition = model.condition(classes, first, first + AHEAD)  # (B + 1, 32, D)
-            tables = [block.adaLN_modulation(condition) for block in model.blocks]
-            head_table = model.adaln_before_head.adaLN_modulation(condition)
+            tables, head_table = adaln_tables(model, classes, first)
         slots = slice(first % AHEAD, last % AHEAD + 1)
 
+        x = x + positions[:, first:last + 1]
         for block, table, cache in zip(model.blocks, tables, caches):
             x = block(x, table[row_of, slots], cache.attend)
-        with torch.autocast(device.type, enabled=False):  # Guidance would amplify rounding.
+        # In float32 also under autocast, because guidance would amplify rounding.
+        with torch.autocast(device.type, enabled=False):
             modulation = head_table[row_of, slots].float()
             logits = model.head(x.float(), modulation)[:, -1]
 
@@ -645,19 +654,21 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
             if not math.isfinite(loss + norm):
                 raise UserError(f"update {done}: loss or gradient is NaN. The last checkpoint is "
                                 "good: run the same command with a lower --lr")
+            passes = done * config.batch * CROPS[config.crops] / len(rows)
             line = dict(step=done, loss=loss, accuracy=accuracy, r=batch[-1], lr=lr,
-                        gradient_norm=norm,
-                        passes=done * config.batch * CROPS[config.crops] / len(rows))
-            bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
-            if RANK == 0 and milestone:
-                line |= evaluate(model, held_out, config, autocast)
-                bar.write(f"update {done}: {in_words(config, line)}")
-                save_preview(folder, done, model, tokenizer, config, autocast)
-            if RANK == 0 and logged:  # A stop has no line, so a continued run has the same log.
-                log.append(line)
-                write_text(folder / "log.jsonl", "".join(json.dumps(each) + "\n" for each in log))
-            if RANK == 0 and (milestone or stopping):
-                save_checkpoint(folder, done, model, optimizer, log, annealing_starts)
+                        gradient_norm=norm, passes=passes)
+            bar.set_postfix(loss=loss, r=batch[-1], passes=passes)
+            if RANK == 0:
+                if milestone:
+                    line |= evaluate(model, held_out, config, autocast)
+                    bar.write(f"update {done}: {in_words(config, line)}")
+                    save_preview(folder, done, model, tokenizer, config, autocast)
+                if logged:  # not when stopping, or a continued run would have another log
+                    log.append(line)
+                    text = "".join(json.dumps(each) + "\n" for each in log)
+                    write_text(folder / "log.jsonl", text)
+                if milestone or stopping:
+                    save_checkpoint(folder, done, model, optimizer, log, annealing_starts)
             if stopping:
                 wait_for_all()  # or else torchrun might end rank 0 while it saves
                 raise KeyboardInterrupt("stopped and saved: run the same command to continue")
@@ -785,8 +796,9 @@ class Config:
 # list of all flags would be worse.
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
+# What may change when a run goes on. The last three concern its previews only.
 MAY_CHANGE = ("lr", "min_lr", "clip", "micro_batch", "compile", "log_every", "save_every",
-              "scale", "power", "temperature")
+              *SAMPLING[2:])
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
                    grid_size=8, tokenizer="patch", warmup=0.05, log_every=20, compile=False)
@@ -865,19 +877,19 @@ def find_data(data):
 
 
 def evenly(items, most):
-    """At most so many items, evenly from all of them, and so from all classes."""
+    """At most so many items. They come evenly from all of them, and so from all classes."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def make_tokenizer(config, train):
+def make_tokenizer(config, pictures):
     """The tokenizer of a new run. "patch" is fitted to the data."""
     if config.tokenizer != "patch":
         is_released = config.tokenizer == "released"
         return load(released_tokenizer() if is_released else config.tokenizer)
     images = draw_shapes(SHAPES_TRAIN)  # (N, 3, 32, 32)
     if config.data != "shapes":
-        some = evenly(train, min(2000, 10**8 // (3 * config.image_size**2)))
+        some = evenly(pictures, min(2000, 10**8 // (3 * config.image_size**2)))
         images = read_crops([path for _, path in some], config.image_size)
     return PatchTokenizer.fit(images, config.grid_size, config.codebook_size)
 
@@ -895,7 +907,7 @@ def open_tokenizer(config, folder):
     return tokenizer
 
 
-def open_rows(config, train, held_out, tokenizer, device):
+def open_rows(config, pictures, held_out, tokenizer, device):
     """Rows to train on and held-out ones, uint16 (N, 1 + T): a class, then tokens in cell order."""
     if config.data == "shapes":
         images = draw_shapes(SHAPES_TRAIN + SHAPES_HELD_OUT)
@@ -914,9 +926,10 @@ def open_rows(config, train, held_out, tokenizer, device):
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
 
-    train, held_out = evenly(train, config.photographs), evenly(held_out, 500)
-    return (encoded(train, tokenizer, config.crops, f"{source.name}-train") if train else train,
-            encoded(held_out, tokenizer, "center", f"{source.name}-held-out"))
+    rows, pictures = [], evenly(pictures, config.photographs)
+    if pictures:  # eval has none
+        rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
+    return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
 
 def encoded(pictures, tokenizer, crops, name):
@@ -942,8 +955,8 @@ def encoded(pictures, tokenizer, crops, name):
 def train_command(args, given, device, autocast):
     if "data" in given:
         given["data"] = str(Path(given["data"]))  # "photos/" is the same folder as "photos"
-    run = read_config(args.out) if args.out else None
-    data = given.get("data", run.data if run else "shapes")
+    found = read_config(args.out) if args.out else None
+    data = given.get("data", found.data if found else "shapes")
     names, pictures, held_out = find_data(data)
 
     preset = args.model or "small"
@@ -1021,13 +1034,15 @@ def sample_command(args, given, device, autocast):
         classes=classes, precision=args.precision, weights=fingerprint(model),
         tokenizer=fingerprint(tokenizer), known=None if known is None else known.tolist())
     path = Path(args.out or folder / f"samples-{fingerprint(nn.Module(), settings, count)}.png")
+    if path.suffix == ".png" and count > 5000:
+        raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder/")
     store = folder_of_pngs(path, args.out, settings)
     files = [store / f"{number:06}.png" for number in range(count)]
     missing = [number for number in range(count) if not files[number].exists()]
 
     if args.precision == "bfloat16":
         to_bfloat16(model)
-    elif device.type == "cpu":
+    elif device.type == "cpu" and torch.backends.mkldnn.is_available():
         to_mkldnn(model.blocks)  # For a few rows, oneDNN's products are faster than MKL's.
     batches = sample_tokens(model, labels, config, autocast, missing[RANK::WORLD_SIZE], known)
     with ThreadPoolExecutor() as pool:  # Pillow compresses while the next batch is drawn.
@@ -1110,7 +1125,7 @@ def load_model(path, given, device):
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} holds no weights of a RAR") from None
     alike = [c for c in PRESETS.values() if (c.width, c.depth) == (D, sizes["depth"])]
-    config = read_config(path.parent) or [*alike, Config()][0]
+    config = read_config(path.parent) or (alike[0] if alike else Config())
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
         given = {"anneal": (1.0, 1.0)} | given  # All orders were random so far: any will do.
     with torch.device("meta"):  # Initial weights would take long.
@@ -1229,6 +1244,7 @@ def main(argv=None):
 # torchrun starts a process for each GPU, and tells it its number, its rank, by these variables.
 TOLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if TOLD else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TOLD else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TOLD else 1
 
 
@@ -1237,7 +1253,7 @@ def choose_device(name, precision, on_cuda):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU")
-    device = torch.device(name, int(os.environ["LOCAL_RANK"]) if TOLD and name == "cuda" else 0)
+    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else "cpu")
     # Older cards have no TF32, and would emulate bfloat16 slowly.
     is_new = name == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     precision = precision or (on_cuda if is_new else "float32")
