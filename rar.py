@@ -11,16 +11,18 @@ the number of the codebook entry that comes nearest. A transformer learns to pre
 by one, as a language model predicts words. New pictures are drawn from it token by token.
 
 In which order? In raster order, row by row, a token is predicted only from what is above it and to
-its left. Random orders teach a model to use context from all sides. So RAR maximises, on average
-over pictures x and orders o, the sum over i of
+its left. In random orders it is predicted from any other cells, so the model learns how every cell
+depends on every other, and raster order profits from that. So RAR maximises, on average over
+pictures x and orders o, the sum over i of
 
     log p(x_o(i) | x_o(1), ..., x_o(i-1), class)
 
 With probability r a picture's order is drawn from all T! orders, otherwise it is raster. r = 1 is
-the objective of permutation language models such as XLNet. But no model masters all orders, and to
-draw a picture one order is enough. So r is 1 for half of the training, falls to 0 in the third
-quarter, and stays there: the model ends on the order in which it will draw. In the paper the FID of
-RAR-L, a distance to real pictures, is 3.08 in raster order, 3.01 in random orders, 2.18 annealed.
+the objective of permutation language models such as XLNet. But T! orders are far more than a model
+can learn well, and to draw a picture one order is enough. So r is 1 for half of the training, falls
+to 0 in the third quarter, and stays there: the model ends on the order in which it will draw. In
+the paper the FID of RAR-L, a distance to real pictures, is 3.08 in raster order, 3.01 in random
+orders, and 2.18 annealed.
 
 Random orders need one more thing: the model must be told which cell is asked for. After cells 2
 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. So far both
@@ -51,8 +53,8 @@ import math
 import os
 from functools import lru_cache
 
-# OpenMP's threads spin while they wait for each other. Beside other programs an update of 0.06 s
-# then takes 2 s, with a shorter spin 0.17 s. Only GNU's OpenMP reads this, and only before torch.
+# OpenMP's threads spin while they wait for each other. Beside other programs that makes an update
+# 30 times as slow, so they should give way sooner. OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -60,7 +62,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-
 
 # ---- Part I: RAR
 
@@ -74,7 +75,6 @@ def randomness(step, start, end):
         return 0.0
     return (end - step) / (end - start)
 
-
 def sample_orders(batch, length, r, order=None, rng=None):
     """Orders (B, T): [b, i] is the cell that comes i-th in sample b. Each row is random with
     probability r, else it is `order` (T,), by default raster."""
@@ -85,13 +85,11 @@ def sample_orders(batch, length, r, order=None, rng=None):
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, order))
 
-
 # ---- 2. The model: a causal transformer. Parameters have the names of the released weights
 
 def causal(q, k, v, dropout):
     """Attention of each slot to itself and the slots before it. All (B, H, S, D/H)."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-
 
 class Attention(nn.Module):
     """Multi-head attention. Queries and keys are normalised, which keeps large models stable."""
@@ -116,7 +114,6 @@ class Attention(nn.Module):
         x = x.transpose(1, 2).flatten(2)  # (B, S, D)
         return self.dropout(self.proj(x))
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -127,7 +124,6 @@ class MLP(nn.Module):
     def forward(self, x):
         x = self.dropout(F.gelu(self.fc1(x)))
         return self.dropout(self.fc2(x))
-
 
 class Block(nn.Module):
     """A transformer block that is told class and slot by adaLN, as DiT is told class and time: a
@@ -152,7 +148,6 @@ class Block(nn.Module):
         x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, attend)
         x = x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
         return x
-
 
 class RAR(nn.Module):
     """p(picture | class), token by token, with the sizes of a Config (section 8)."""
@@ -194,7 +189,7 @@ class RAR(nn.Module):
         x = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
         x = x + self.position_embeddings(orders)  # (B, T + 1, D)
 
-        condition = self.condition(labels, 0, x.shape[1])
+        condition = self.class_and_slot(labels, 0, x.shape[1])
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
         logits = self.head(x, self.adaln_before_head.adaLN_modulation(condition))
@@ -217,8 +212,8 @@ class RAR(nn.Module):
             embeddings[:, 1:] += F.embedding(rows, self.target_aware_pos_embed[0])
         return embeddings
 
-    def condition(self, labels, start, stop):
-        """What adaLN is told in slots start .. stop - 1, class and slot: (B, stop - start, D)."""
+    def class_and_slot(self, labels, start, stop):
+        """What adaLN is told in slots start .. stop - 1: (B, stop - start, D)."""
         classes = self.embeddings(self.config.codebook_size + 1 + labels)
         # Trap: "timesteps" are slots, not steps in time.
         return classes[:, None] + self.timesteps_embeddings[:, start:stop]
@@ -228,7 +223,6 @@ class RAR(nn.Module):
         scale, shift = modulation.chunk(2, dim=-1)  # Trap: here scale comes before shift.
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         return self.lm_head(x * (1 + scale) + shift)
-
 
 def training_loss(model, tokens, labels, orders):
     """The mean cross entropy in nats, and the fraction of tokens predicted right.
@@ -240,7 +234,6 @@ def training_loss(model, tokens, labels, orders):
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.argmax(-1) == targets).float().mean()
 
-
 # ---- 3. Sampling, slowly. Tests hold part II to this loop and to that of section 4
 
 def guidance_weight(step, steps, scale, power):
@@ -249,7 +242,6 @@ def guidance_weight(step, steps, scale, power):
     overshoots towards the class: pictures become more typical and less varied. g goes from 1 to
     `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
-
 
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature): the first whose cumulative
@@ -262,7 +254,6 @@ def draw(logits, temperature, uniforms):
     cumulative = probabilities.cumsum(-1)
     # By rounding, the last sum may be below 1, so uniforms are scaled by it.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
-
 
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
@@ -285,7 +276,6 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
         tokens.scatter_(1, orders[:, t:t + 1], token[:, None])
     return tokens
 
-
 # ---- 4. Training, plainly
 
 def learning_rate(step, steps, warmup, peak, floor):
@@ -295,9 +285,8 @@ def learning_rate(step, steps, warmup, peak, floor):
     progress = (step - warmup) / max(steps - warmup, 1)
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
-
 def make_optimizer(model, config):
-    """AdamW, with weight decay where the authors have it: mostly on the matrices of blocks."""
+    """AdamW, with weight decay where the authors have it: matrices of blocks, lm_head, cls."""
     decayed = dict(params=[], weight_decay=config.weight_decay)
     others = dict(params=[], weight_decay=0.0)
     for name, parameter in model.named_parameters():
@@ -307,13 +296,11 @@ def make_optimizer(model, config):
         group["params"].append(parameter)
     return torch.optim.AdamW([decayed, others], betas=config.betas, fused=True)
 
-
-@lru_cache(maxsize=2)  # A batch may lie in two epochs, and ImageNet's 12.8 million take 0.7 s.
+@lru_cache(maxsize=2)  # A batch may lie in two epochs, and 12.8 million rows take 0.7 s.
 def shuffled(count, seed, epoch):
     """The rows as an epoch visits them."""
     # The 1 keeps these numbers apart from those of update `epoch`, whose key is (seed, step).
     return np.random.default_rng((seed, epoch, 1)).permutation(count)
-
 
 def whole_batch(rows, config, step, rng):
     """Tokens (B, T) and labels (B,) of update `step`, of rows (N, 1 + T) that hold a class and
@@ -327,7 +314,6 @@ def whole_batch(rows, config, step, rng):
     labels[rng.random(B) < config.label_dropout] = config.num_classes
     return tokens, labels
 
-
 def update(model, optimizer, config, step):
     """Make update `step` from the gradients. Returns their norm and the learning rate."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -337,7 +323,6 @@ def update(model, optimizer, config, step):
         group["lr"] = lr
     optimizer.step()
     return norm, lr
-
 
 def train_plainly(model, rows, config, order=None):
     """Train on rows (N, 1 + T), first in random orders and in the end in `order` (T,), by default
@@ -363,7 +348,6 @@ import json
 from pathlib import Path
 
 from tokenizer import CROPS, UserError, replacing, save_grid
-
 
 # ---- 5. Scan orders: the paper's five besides raster
 
@@ -403,7 +387,6 @@ def scan_order(name, grid_size):
         raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
     return torch.from_numpy(orders[name])
 
-
 # ---- 6. Sampling with a cache: the same tokens, but each slot runs once
 
 class Cache:
@@ -416,7 +399,7 @@ class Cache:
         """Attention of new slots to themselves and to those before. All (B, H, S, D/H)."""
         first, self.filled = self.filled, self.filled + k.shape[2]
         if first == 0:
-            # With the type of v. Under autocast k has float32, because it comes out of a norm.
+            # Room of v's type. Under autocast that is bfloat16, but k's float32, after its norm.
             shape = *v.shape[:2], self.slots, v.shape[3]
             self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
         self.keys[:, :, first:self.filled] = k
@@ -430,19 +413,16 @@ class Cache:
         scores = (q * q.shape[-1]**-0.5) @ keys.mT  # (B, H, 1, slots)
         return scores.softmax(-1) @ values
 
-
 AHEAD = 32
-
 
 def adaln_tables(model, classes, first):
     """The modulations of each block, (C, 32, 6D), and of the head, (C, 32, 2D), for classes (C,)
     and 32 slots from `first` on. adaLN is a third of all weights, and it needs class and slot only.
     With 32 slots at once its weights are read 32 times less often. All 256 at once would take 14 GB
     for 128 pictures of RAR-B, 32 take 1.7."""
-    condition = model.condition(classes, first, first + AHEAD)  # (C, 32, D)
+    condition = model.class_and_slot(classes, first, first + AHEAD)  # (C, 32, D)
     tables = [block.adaLN_modulation(condition) for block in model.blocks]
     return tables, model.adaln_before_head.adaLN_modulation(condition)
-
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
@@ -492,12 +472,10 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         x = model.embeddings(token).repeat(copies, 1)[:, None]  # (copies * B, 1, D)
     return torch.empty_like(tokens).scatter_(1, orders, tokens)
 
-
 def image_uniforms(seed, numbers, length):
     """Uniforms (B, length) that depend only on the seed and the pictures' numbers."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
-
 
 def image_orders(config, numbers, known=None):
     """The orders (B, T) of pictures. Cells whose token is known (T,) come first."""
@@ -512,10 +490,9 @@ def image_orders(config, numbers, known=None):
         orders = orders.gather(1, is_open.argsort(dim=1, stable=True))  # 0 before 1
     return orders
 
-
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Picture i depends only on
-    labels[i], weights, settings and i. known (T,) holds tokens that all are given, or -1."""
+    labels[i], weights, settings and i, up to rounding. known (T,) holds given tokens, or -1."""
     device, B = model.cls_token.device, config.micro_batch
     numbers = list(range(len(labels)) if numbers is None else numbers)
 
@@ -537,7 +514,6 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
             draw_all = recorded(draw_all, *inputs)
         yield torch.tensor(part), draw_all(*inputs)[:len(part)]
 
-
 def recorded(function, *inputs):
     """The function as a CUDA graph for inputs of these shapes: a GPU runs small kernels faster
     than Python can start them."""
@@ -554,7 +530,6 @@ def recorded(function, *inputs):
         return output.clone()
     return replay
 
-
 # ---- 7. Training: the same updates, on any number of GPUs, and a run that can be continued
 
 def draw_batch(rows, config, step, rank=0, processes=1):
@@ -565,7 +540,6 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     orders = sample_orders(*tokens.shape, r, scan_order(config.order, config.grid_size), rng)
     mine = slice(rank * config.batch // processes, (rank + 1) * config.batch // processes)
     return tokens[mine], labels[mine], orders[mine], r
-
 
 def train_step(network, optimizer, config, batch, step, autocast):
     """Make update `step`, micro-batch by micro-batch, of what draw_batch gives. Returns loss,
@@ -591,13 +565,11 @@ def train_step(network, optimizer, config, batch, step, autocast):
     optimizer.zero_grad(set_to_none=False)  # In place, because they are views of DDP's buckets.
     return *sum_over_processes(sums), norm, lr
 
-
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
     """Bits per token on rows (N, 1 + T), in the final and in random orders."""
     rows, bits = torch.from_numpy(rows.astype(np.int64)), {}
     order, device = scan_order(config.order, config.grid_size), model.cls_token.device
-    model.eval()
     for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
         # For all rows at once, because orders must not depend on the micro-batch.
         orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
@@ -611,11 +583,9 @@ def evaluate(model, rows, config, autocast):
         bits[name] = nats / len(rows) / math.log(2)
     return bits
 
-
 def in_words(config, bits):
     return (f"held-out {bits['final_order_bits']:.3f} bits/token in {config.order} order, "
             f"{bits['random_order_bits']:.3f} bits/token in random order")
-
 
 def train(config, folder, tokenizer, rows, held_out, device, autocast):
     """Make the updates that the run in `folder` still lacks."""
@@ -637,7 +607,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     with bar, noting_signals() as signals:
         for step in bar:
             batch = draw_batch(rows, config, step, RANK, WORLD_SIZE)
-            # Seed, step and rank decide dropout, so a run that is continued has the same.
+            # Seed, step and rank decide dropout, so it is the same in a run that is continued.
             torch.manual_seed(hash((config.seed, step, RANK)))
             model.train()
             results = train_step(network, optimizer, config, batch, step, autocast)
@@ -652,15 +622,15 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
             # Only from here on does Python wait for the GPU.
             loss, accuracy, norm, lr = map(float, results)
             if not math.isfinite(loss + norm):
-                raise UserError(f"update {done}: loss or gradient is NaN. The last checkpoint is "
-                                "good: run the same command with a lower --lr")
+                raise UserError(f"update {done}: the loss or its gradient is not finite. Continue "
+                                "from the last checkpoint with a lower --lr")
             passes = done * config.batch * CROPS[config.crops] / len(rows)
             line = dict(step=done, loss=loss, accuracy=accuracy, r=batch[-1], lr=lr,
                         gradient_norm=norm, passes=passes)
             bar.set_postfix(loss=loss, r=batch[-1], passes=passes)
             if RANK == 0:
                 if milestone:
-                    line |= evaluate(model, held_out, config, autocast)
+                    line |= evaluate(model.eval(), held_out, config, autocast)
                     bar.write(f"update {done}: {in_words(config, line)}")
                     save_preview(folder, done, model, tokenizer, config, autocast)
                 if logged:  # not when stopping, or a continued run would have another log
@@ -673,7 +643,6 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                 wait_for_all()  # or else torchrun might end rank 0 while it saves
                 raise KeyboardInterrupt("stopped and saved: run the same command to continue")
 
-
 def save_preview(folder, done, model, tokenizer, config, autocast):
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
     batches = sample_tokens(model, labels, config, autocast)
@@ -681,10 +650,8 @@ def save_preview(folder, done, model, tokenizer, config, autocast):
     names = config.class_names or range(config.num_classes)
     save_grid(folder / f"step-{done:06}.png", images, names)
 
-
 def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
-
 
 def save_checkpoint(folder, done, model, optimizer, log, annealing_starts):
     """Keep the last two, and the one where annealing starts: its model knows every order."""
@@ -696,25 +663,20 @@ def save_checkpoint(folder, done, model, optimizer, log, annealing_starts):
         if path.name != f"checkpoint-{annealing_starts:07}.pt":
             path.unlink(missing_ok=True)
 
-
 def resume(folder, model, optimizer):
     """Load the newest checkpoint, if any. Returns how many updates it has had, and its log."""
     found = checkpoints(folder)
     if not found:
         return 0, []
     state = read_tensors(found[0])
-    if "log" not in state:
-        raise UserError(f"{found[0]} is of an earlier edition: choose another --out")
     load_state(model, state["model"], found[0])
     optimizer.load_state_dict(state["optimizer"])
     if RANK == 0:  # A kill may have come between these two files.
         write_tensors(folder / "weights.pt", state["model"])
     return state["updates"], state["log"]
 
-
 # What follows holds nothing about RAR. It is the program around the two loops.
 # ---- Part III: the program
-
 import argparse
 import contextlib
 import dataclasses
@@ -727,9 +689,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-if os.name == "posix":  # Windows has no such module.
-    import fcntl
-
 import torch.distributed as dist
 from PIL import Image
 from torch.utils.mkldnn import to_mkldnn
@@ -739,9 +698,7 @@ from tokenizer import (
     encode_shards, fetch, fingerprint, import_jsonl, join_shards, known_tokens, labelled_pictures,
     load, read_ahead, read_crops, released_tokenizer, to_float, to_uint8)
 
-
 # ---- 8. Settings
-
 @dataclasses.dataclass
 class Config:
     """The settings of a run, by default RAR-B's (Tables 1, 4, 6). What has a comment is a flag."""
@@ -790,7 +747,10 @@ class Config:
             raise UserError("--min-lr must be from 0 to --lr")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
-
+        if self.image_size % self.grid_size:
+            raise UserError(f"--grid-size {self.grid_size} does not divide --image-size")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is negative")
 
 # The help of a flag is the comment of its field. Reading the source for it is a hack, but a second
 # list of all flags would be worse.
@@ -817,21 +777,20 @@ PRESETS = {  # with micro-batches for 80 GB
                       scale=8.0, power=1.2, temperature=1.02),
 }
 
-
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
-
 def read_config(folder):
-    """The Config in a run's folder, or None. What other editions have besides is left out."""
+    """The Config in a run's folder, or None."""
     path = Path(folder, "config.json")
     if path.exists():
         settings = json.loads(path.read_text())
         return Config(**{name: settings[name] for name in vars(Config()) if name in settings})
 
-
 def continued(folder, given):
     """The Config of a run that goes on. Flags that are given change it, if they may."""
+    if "log" not in read_tensors(checkpoints(folder)[0]):
+        raise UserError(f"{folder} is of an earlier edition: choose another --out")
     config = read_config(folder) or Config()
     changed = dataclasses.replace(config, **given)
     for name, old in vars(config).items():
@@ -842,57 +801,52 @@ def continued(folder, given):
             print(f"{folder}: {flag_of(name)} was {old} and is {new} from now on")
     return changed
 
-
-def fit_micro_batch(config, device, is_training):
+def fit_micro_batch(config, device, training):
     """Lower the micro-batch to what fits into 85 % of the GPU's memory."""
     if device.type == "cpu":
         return
     with torch.device("meta"):
         parameters = sum(p.numel() for p in RAR(config).parameters())
     states, slots = config.width * config.depth, config.grid_size**2 + 1
-    if is_training:
-        # Measured: bytes for each channel of each block's output. And a parameter has a gradient
-        # and two averages of AdamW.
-        fixed, each = 16 * parameters, (80 if config.compile else 105) * states * slots
-    else:
-        # The tokenizer's decoder and the CUDA graph; keys and values of two sequences, and adaLN.
-        fixed = 4 * parameters + 3e9 + 7e7 * config.depth
-        each = 4 * states * (2 * 2 * slots + 6 * AHEAD)
+    # Measured: bytes for each state of a sample, and four numbers of 4 bytes for each parameter.
+    fixed, each = 16 * parameters, (80 if config.compile else 105) * states * slots
+    if not training:  # CUDA graph and decoder; keys, values and adaLN of two sequences.
+        fixed = 4 * parameters + 7e7 * config.depth + 3e9
+        each = 16 * states * slots + 24 * AHEAD * states
     memory = torch.cuda.get_device_properties(device).total_memory
     fits = max(1, int((0.85 * memory - fixed) / each))
     if fits < config.micro_batch:
         print(f"--micro-batch is {fits}, because the GPU has {memory / 1e9:.0f} GB")
         config.micro_batch = fits
 
-
 # ---- 9. Data
-
 def find_data(data):
     """The names of the classes, and (class, path) pairs to train on and held out, if it has any."""
     if data == "shapes":
         return tuple(SHAPES), [], []
     if data.endswith(".jsonl"):
+        Path(data).stat()  # or the system says that it is not there
         return (), [], []
     return tuple(folder.name for folder in class_folders(data)), *labelled_pictures(data)
-
 
 def evenly(items, most):
     """At most so many items. They come evenly from all of them, and so from all classes."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
 
-
 def make_tokenizer(config, pictures):
     """The tokenizer of a new run. "patch" is fitted to the data."""
     if config.tokenizer != "patch":
         is_released = config.tokenizer == "released"
         return load(released_tokenizer() if is_released else config.tokenizer)
-    images = draw_shapes(SHAPES_TRAIN)  # (N, 3, 32, 32)
-    if config.data != "shapes":
+    if config.data == "shapes":
+        images = draw_shapes(SHAPES_TRAIN)  # (N, 3, 32, 32)
+    elif pictures:
         some = evenly(pictures, min(2000, 10**8 // (3 * config.image_size**2)))
         images = read_crops([path for _, path in some], config.image_size)
+    else:
+        raise UserError("--tokenizer patch can't be fitted to tokens: name a file")
     return PatchTokenizer.fit(images, config.grid_size, config.codebook_size)
-
 
 def open_tokenizer(config, folder):
     """The tokenizer of the weights in a folder: its tokenizer.pt, or else the released one."""
@@ -906,12 +860,11 @@ def open_tokenizer(config, folder):
             raise UserError(f"{path} has {flag_of(name)} {found}, but the model {wanted}")
     return tokenizer
 
-
-def open_rows(config, pictures, held_out, tokenizer, device):
+def open_rows(config, pictures, held_out, tokenizer):
     """Rows to train on and held-out ones, uint16 (N, 1 + T): a class, then tokens in cell order."""
     if config.data == "shapes":
         images = draw_shapes(SHAPES_TRAIN + SHAPES_HELD_OUT)
-        tokens = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in images.split(500)])
+        tokens = torch.cat([tokenizer.encode(part).cpu() for part in images.split(500)])
         labels = np.arange(len(images)) % len(SHAPES)
         rows = np.column_stack([labels, tokens]).astype(np.uint16)
         return rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:]
@@ -931,7 +884,6 @@ def open_rows(config, pictures, held_out, tokenizer, device):
         rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
-
 def encoded(pictures, tokenizer, crops, name):
     """The rows of (class, path) pairs: all crops of a picture, then those of the next. They are
     made once, by all processes together, and kept in runs/tokens."""
@@ -949,44 +901,47 @@ def encoded(pictures, tokenizer, crops, name):
         wait_for_all()
     return np.load(path, mmap_mode="r")
 
-
 # ---- 10. Commands
-
 def train_command(args, given, device, autocast):
-    if "data" in given:
-        given["data"] = str(Path(given["data"]))  # "photos/" is the same folder as "photos"
     found = read_config(args.out) if args.out else None
     data = given.get("data", found.data if found else "shapes")
+    data = str(Path(data))  # "photos/" is the same folder as "photos"
     names, pictures, held_out = find_data(data)
-
-    preset = args.model or "small"
-    if not args.model and data == "shapes":
+    preset = "small"
+    if data == "shapes":
         preset = "tiny"
-    elif not args.model and (not pictures or len(names) == 1000 and device.type == "cuda"):
+    elif not pictures or len(names) == 1000 and device.type == "cuda":
         preset = "RAR-B"
+    preset = args.model or preset
     stem = Path(data).resolve().name.removesuffix(".jsonl")
     folder = Path(args.out or f"runs/{stem}-{preset}")
 
     given |= dict(num_classes=len(names) or 1000, class_names=names, data=data)
     if checkpoints(folder):
+        if args.model:
+            sizes = {name: getattr(PRESETS[preset], name) for name in ("width", "depth")}
+            given = sizes | given
         config = continued(folder, given)
     else:
-        chosen = {}
+        chosen, count = {}, len(pictures)
         if data == "shapes":
             chosen = dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
         elif preset == "small":
-            count = len(pictures)
             chosen = dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
             if count < 2000:  # or they would be memorised
                 chosen |= dict(crops="ten", dropout=0.2)
         config = dataclasses.replace(PRESETS[preset], **chosen | given)
     scan_order(config.order, config.grid_size)  # A wrong name is refused before the long work.
 
-    print(f"{folder}: --model {preset}, {config.num_classes} classes, {config.steps:,} updates, "
-          f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}"
-          + "; compiling takes a minute" * (config.compile and device.type == "cuda"))
+    if config.batch % WORLD_SIZE:
+        raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
+    print(f"{folder}: {config.depth} blocks of width {config.width}, {config.num_classes} classes, "
+          f"{config.image_size} pixels, {config.grid_size**2} tokens of {config.codebook_size}, "
+          f"{config.steps:,} updates")
+    if config.compile and device.type == "cuda":
+        print("compiling takes a minute or more, --no-compile does without")
     if "micro_batch" not in given:
-        fit_micro_batch(config, device, is_training=True)
+        fit_micro_batch(config, device, training=True)
     if preset == "small" and not args.model:
         print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores. Better pictures: "
               "more --steps, --image-size 64 --grid-size 16, or on a GPU --model RAR-B --init "
@@ -999,17 +954,16 @@ def train_command(args, given, device, autocast):
             write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         wait_for_all()
         tokenizer = open_tokenizer(config, folder).to(device)
-        rows, held_out = open_rows(config, pictures, held_out, tokenizer, device)
+        rows, held_out = open_rows(config, pictures, held_out, tokenizer)
         train(config, folder, tokenizer, rows, held_out, device, autocast)
     print(f"finished: look at {folder}/step-{config.steps:06}.png\n"
           f"next: python rar.py sample --weights {folder}")
-
 
 def sample_command(args, given, device, autocast):
     model, config, folder = load_model(args.weights, given, device)
     if "micro_batch" not in given:
         config.micro_batch = 64 if device.type == "cpu" else 128
-        fit_micro_batch(config, device, is_training=False)
+        fit_micro_batch(config, device, training=False)
     tokenizer = open_tokenizer(config, folder).to(device)
     names = config.class_names or [str(i) for i in range(config.num_classes)]
     number_of = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
@@ -1026,25 +980,24 @@ def sample_command(args, given, device, autocast):
     if args.complete:
         known, before = known_tokens(args.complete, args.keep, tokenizer)
         columns = ["picture", "kept", *[names[i] for i in labels]]
-    final = scan_order((read_config(folder) or config).order, config.grid_size)
+    final = scan_order((read_config(folder) or Config()).order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
-        print("these weights are annealed to another order: take a checkpoint from before that")
+        print("weights that are annealed to another order: take a checkpoint from before that")
 
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, precision=args.precision, weights=fingerprint(model),
         tokenizer=fingerprint(tokenizer), known=None if known is None else known.tolist())
     path = Path(args.out or folder / f"samples-{fingerprint(nn.Module(), settings, count)}.png")
-    if path.suffix == ".png" and count > 5000:
-        raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder/")
-    store = folder_of_pngs(path, args.out, settings)
+    store = folder_of_pngs(path, args.out, settings, count)
     files = [store / f"{number:06}.png" for number in range(count)]
-    missing = [number for number in range(count) if not files[number].exists()]
+    # Its share first, or processes would share out what the others have made meanwhile.
+    missing = [number for number in range(count)[RANK::WORLD_SIZE] if not files[number].exists()]
 
     if args.precision == "bfloat16":
         to_bfloat16(model)
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():
         to_mkldnn(model.blocks)  # For a few rows, oneDNN's products are faster than MKL's.
-    batches = sample_tokens(model, labels, config, autocast, missing[RANK::WORLD_SIZE], known)
+    batches = sample_tokens(model, labels, config, autocast, missing, known)
     with ThreadPoolExecutor() as pool:  # Pillow compresses while the next batch is drawn.
         jobs = []
         for numbers, tokens in batches:
@@ -1056,7 +1009,7 @@ def sample_command(args, given, device, autocast):
 
     if RANK == 0 and path != store:
         pixels = np.empty((count, tokenizer.image_size, tokenizer.image_size, 3), np.uint8)
-        for i, picture in enumerate(read_ahead(files, None, purpose="packing")):
+        for i, picture in enumerate(read_ahead(files, None)):
             pixels[i] = picture.result()
         if path.suffix == ".png":
             save_grid(path, torch.stack([*before, *to_float(pixels)]), columns)
@@ -1066,36 +1019,36 @@ def sample_command(args, given, device, autocast):
         shutil.rmtree(store)
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
-
 def to_bfloat16(model):
-    """Store the matrices of blocks as autocast wants them. Otherwise it casts them every token."""
+    """Store the matrices of blocks as autocast wants them: in half of the memory, and it need not
+    cast them in every batch."""
     for layer in model.blocks.modules():
         if isinstance(layer, nn.Linear):
             layer.to(torch.bfloat16)
 
-
-def folder_of_pngs(path, out, settings):
+def folder_of_pngs(path, out, settings, count):
     """The folder for numbered PNGs, of which the grid or .npz at `path` is made in the end. Its
     settings.json says how they were made, so that the same command can continue."""
     is_folder = path.is_dir() or (out or "").endswith("/")
     store = path if is_folder else Path(f"{path}.parts")
     about, text = store / "settings.json", json.dumps(settings)
+    is_ours = about.exists() and about.read_text() == text
     if not is_folder and path.suffix not in (".png", ".npz"):
         raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder/")
-    if out and not is_folder and path.exists():
+    if path.suffix == ".png" and count > 5000:
+        raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder/")
+    if out and not is_folder and path.exists() and not is_ours:
         raise UserError(f"{path} is there already: choose another --out")
-    if any(store.glob("*.png")) and not (about.exists() and about.read_text() == text):
+    if any(store.glob("*.png")) and not is_ours:
         raise UserError(f"{store} has pictures made with other settings: choose another --out")
     wait_for_all()  # Nobody writes before all have looked.
     if RANK == 0:
         write_text(about, text)
     return store
 
-
 def save_png(path, pixels):
     with replacing(path) as beside:
         Image.fromarray(pixels).save(beside, "PNG", compress_level=1)
-
 
 def eval_command(args, given, device, autocast):
     model, config, folder = load_model(args.weights, given, device)
@@ -1104,9 +1057,8 @@ def eval_command(args, given, device, autocast):
         raise UserError(f"--data {config.data} has {len(names)} classes, "
                         f"and the model {config.num_classes}")
     tokenizer = open_tokenizer(config, folder).to(device)
-    _, rows = open_rows(config, [], held_out, tokenizer, device)
+    _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
-
 
 def load_model(path, given, device):
     """The model at a path, its Config and folder. Sizes are read off the weights. Other settings
@@ -1123,7 +1075,7 @@ def load_model(path, given, device):
             mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
             grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} holds no weights of a RAR") from None
+        raise UserError(f"{path} holds no weights of a RAR")
     alike = [c for c in PRESETS.values() if (c.width, c.depth) == (D, sizes["depth"])]
     config = read_config(path.parent) or (alike[0] if alike else Config())
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
@@ -1133,14 +1085,12 @@ def load_model(path, given, device):
     load_state(model, state, path, assign=True)
     return model.to(device, torch.float32).eval(), model.config, path.parent
 
-
 RELEASED_MODELS = {  # file and SHA-256
     "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
     "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
     "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
     "RAR-XXL": ("rar_xxl.bin", "85aba44fef7aecfd879829077e541f09da4c29da3b1fd374837601d7322bf6ff"),
 }
-
 
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
@@ -1157,7 +1107,6 @@ def find_weights(path):
         raise UserError(f"no weights file {path}: make one with python rar.py train")
     return path
 
-
 def load_init(model, config):
     """Start from the weights of --init. Embeddings of other classes start anew."""
     other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
@@ -1168,12 +1117,10 @@ def load_init(model, config):
         state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
     load_state(model, state, config.init)
 
-
 def positive(text):
     if int(text) < 1:
         raise ValueError  # of which argparse makes a line
     return int(text)
-
 
 def run(argv):
     parser = argparse.ArgumentParser(prog="rar.py")
@@ -1215,7 +1162,6 @@ def run(argv):
     with processes(device):
         args.function(args, given, device, autocast)
 
-
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a mistake, which one line explains, or 130
     for Ctrl-C."""
@@ -1238,15 +1184,12 @@ def main(argv=None):
     print(message, file=sys.stderr)
     return code
 
-
 # ---- 11. Processes and files
-
 # torchrun starts a process for each GPU, and tells it its number, its rank, by these variables.
 TOLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if TOLD else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TOLD else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TOLD else 1
-
 
 def choose_device(name, precision, on_cuda):
     """The device, the precision of matrix products, and its autocast context."""
@@ -1264,7 +1207,6 @@ def choose_device(name, precision, on_cuda):
     # Trap: cuDNN's attention makes a plan for every length, of which there are many.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
-
 
 @contextlib.contextmanager
 def processes(device):
@@ -1284,20 +1226,16 @@ def processes(device):
             yield
     dist.destroy_process_group()  # not after an error, or the others would fail first
 
-
 def sum_over_processes(tensor):
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
 
-
 def in_any_process(flag):
     return sum_over_processes(torch.tensor(int(bool(flag)))).item() > 0
 
-
 def wait_for_all():
     in_any_process(False)
-
 
 @contextlib.contextmanager
 def noting_signals():
@@ -1318,36 +1256,33 @@ def noting_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse a second training run in a folder, where the file system has locks."""
+    """Refuse a second training run in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         try:
-            if RANK == 0 and os.name == "posix":
+            import fcntl  # which Windows has not
+            if RANK == 0:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another training run: wait, or choose "
-                            "another --out") from None
-        except OSError:
-            pass  # a file system without locks
+                            "another --out")
+        except (ImportError, OSError):
+            pass  # Nor have some file systems such locks.
         wait_for_all()
         yield
-
 
 def write_text(path, text):
     with replacing(path) as beside:
         beside.write_text(text)
-
 
 def write_tensors(path, tensors):
     with replacing(path) as beside, open(beside, "wb") as file:
         try:
             torch.save(tensors, file)
         except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
-
+            raise OSError(f"cannot write {path}: {error.__context__ or error}")
 
 def read_tensors(path):
     """The dictionary that torch.save wrote to a file. Nothing in it is executed."""
@@ -1356,8 +1291,7 @@ def read_tensors(path):
     except OSError:
         raise
     except Exception:  # torch has a dozen kinds for a damaged file.
-        raise UserError(f"{path} holds no tensors by torch.save, or is damaged") from None
-
+        raise UserError(f"{path} holds no tensors by torch.save, or is damaged")
 
 def load_state(model, state, path, assign=False):
     """Copy a state dict into a model, or assign it. Names and shapes must agree."""
@@ -1365,8 +1299,7 @@ def load_state(model, state, path, assign=False):
         model.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         first = str(error).split("\n")[1].strip()
-        raise UserError(f"{path} does not fit the model: {first}") from None
-
+        raise UserError(f"{path} does not fit the model: {first}")
 
 if __name__ == "__main__":
     sys.exit(main())
