@@ -18,8 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-# OpenMP's threads spin while they wait for each other, so beside other programs an update
-# took 2 s instead of 0.06. This bound keeps the idle speed.
+# Without this, threads that spin while they wait make a busy CPU 30 times as slow.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -33,10 +32,6 @@ from tqdm import tqdm
 class UserError(ValueError):
     """A mistake of the user: one line that names the file or flag, and the mend."""
 
-def say(text):
-    """Print a line, also where file names in it are no UTF-8."""
-    print(text.encode(errors="backslashreplace").decode())
-
 @contextmanager
 def replacing(path):
     """Yield a path to write to. It is renamed to `path` when all is written."""
@@ -46,6 +41,9 @@ def replacing(path):
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # A full disk names no file.
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -62,10 +60,7 @@ def look_up(tokens, codes):
     return codes[tokens].mT.unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 class PatchTokenizer(nn.Module):
-    """A token is the nearest of some mean patches. It is fitted in seconds.
-
-    The decoder is linear. It sees the mean patches of nine tokens.
-    """
+    """A token is the nearest of some mean patches. It is fitted in seconds."""
 
     def __init__(self, grid_size, patch_size, codebook_size):
         super().__init__()
@@ -85,8 +80,8 @@ class PatchTokenizer(nn.Module):
         means, p = look_up(tokens, self.codebook), self.patch_size
         patches = means + F.conv2d(means, self.decoder, padding=1)
         image = F.pixel_shuffle(patches, p)
-        # Borders of cells show. A step there may be an edge of the picture, but up to 0.15
-        # of it becomes a ramp over both half cells.
+        # Borders of cells show. So up to 0.15 of a step there becomes a ramp over both half
+        # cells. A larger one is an edge of the picture.
         ramp = 1 - (2 * torch.arange(p, device=tokens.device)[:, None] + 1) / p
         ramp = ramp.clamp(min=0)
         for _ in "xy":  # each round transposes the picture
@@ -103,14 +98,14 @@ class PatchTokenizer(nn.Module):
         self = cls(grid_size, images.shape[-1] // grid_size, codebook_size)
         cells = F.pixel_unshuffle(images, self.patch_size)  # (B, C, grid, grid)
 
-        # k-means begins with patches that differ, because equal codes stay equal. Only where
-        # they are too few, some are repeated.
+        # k-means begins with patches that differ, if there are enough: equal codes stay equal.
         random = np.random.default_rng(0)
         patches = cells.permute(0, 2, 3, 1).flatten(0, 2).numpy()
         patches = random.permutation(patches)[:60_000]  # (N, C)
         codebook = random.permutation(np.unique(patches, axis=0))
         codebook = np.resize(codebook, self.codebook.shape)
-        codebook, _ = kmeans2(patches, codebook, iter=20, minit="matrix")
+        for _ in tqdm(range(20), "fitting the tokenizer", leave=False):
+            codebook, _ = kmeans2(patches, codebook, iter=1, minit="matrix")
         self.codebook.copy_(torch.from_numpy(codebook))
 
         # Ridge regression from nine mean patches to what the middle one lacks
@@ -209,7 +204,7 @@ def load(path):
         tokenizer.load_state_dict(state)
     except OSError:
         raise
-    except Exception as error:  # torch raises all kinds
+    except Exception:  # torch raises all kinds
         raise UserError(f"{path} is no tokenizer, or it is damaged")
     return tokenizer.eval()
 
@@ -224,7 +219,7 @@ def fetch(repository, file, sha256=None):
     try:
         with replacing(path) as part:
             torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
-            # torch.save writes a zip. A login page is none, nor is half a file.
+            # torch.save writes a zip, and a login page or half a file is none.
             if sha256 is None and not zipfile.is_zipfile(part):
                 raise ValueError("it is not that file, or not whole")
     except Exception as error:
@@ -284,14 +279,14 @@ class DamagedPicture(UserError):
 def read_picture(path, size=None, crops="center"):
     """The crops (N, size, size, 3) uint8 of a picture file. Without a size, all of it.
 
-    Raises DamagedPicture. An OSError is the system's, and the picture may be right.
+    An OSError is the system's, and the picture may be right.
     """
     content = io.BytesIO(Path(path).read_bytes())
     try:
         image = as_seen(Image.open(content))
         return np.array(image)[None] if size is None else crop(image, size, crops)
     except Exception as error:  # all kinds, some with an address in memory
-        reason = re.split(" ?[<\n]", f"{type(error).__name__}: {error}")[0]
+        reason = re.split("[<\n]", str(error))[0]
         raise DamagedPicture(f"{path}: {reason}")
 
 def read_ahead(files, size, crops="center"):
@@ -308,6 +303,8 @@ def read_crops(files, size):
     """The centre crops (N, 3, size, size) of those files that can be read."""
     futures = read_ahead(files, size)
     crops = [future.result() for future in futures if not future.exception()]
+    if not crops:
+        raise UserError(f"{files[0]} and all others can't be read")
     return to_float(np.concatenate(crops))
 
 def class_folders(folder):
@@ -325,7 +322,7 @@ def class_folders(folder):
     return found
 
 READABLE = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-UNREADABLE = {".heic", ".heif", ".avif", ".jxl", ".dng", ".nef"} - READABLE
+UNREADABLE = {".heic", ".heif", ".avif", ".jxl"} - READABLE
 
 def pictures_in(folder, endings=READABLE, seen=None):
     """The files in and below a folder that are named like pictures, sorted."""
@@ -346,7 +343,7 @@ def labelled_pictures(folder):
     """
     def note(paths, what):
         if paths:
-            say(f"--data {folder}: {len(paths)} {what}: {paths[0]}")
+            print(f"--data {folder}: {len(paths)} {what}: {paths[0]}")
 
     folders, val = class_folders(folder), Path(folder, "val")
     train = [(n, path) for n, each in enumerate(folders) for path in pictures_in(each)]
@@ -480,7 +477,7 @@ def join_shards(folder, path):
                 left_out += shard["left_out"].tolist()
                 pictures = int(shard["of"])
         for text in left_out:
-            say(f"left out {text}")
+            print(f"left out {text}")
         if len(left_out) > min(max(10, pictures // 1000), pictures - 1):
             raise UserError(f"{len(left_out)} of {pictures} pictures are damaged: remove them")
     shutil.rmtree(folder)
@@ -512,9 +509,9 @@ def import_jsonl(file, train, held_out, num_classes, length, codebook_size):
 
 # ---- Pictures out
 
-def to_float(pixels, device="cpu"):
+def to_float(pixels):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [0, 1]. Trap: not in [-1, 1]."""
-    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 def to_uint8(images):
     """float (B, 3, H, W) -> uint8 (B, H, W, 3), not rounded, as for the published FIDs"""
@@ -570,6 +567,7 @@ def reconstruct(pictures, out, path, device):
         raise UserError(f"--out {out}: name a .png or an .npz")
     if {out.resolve(), beside.resolve()} & {file.resolve() for file in files}:
         raise UserError(f"--out {out} would replace a picture")
+    torch.backends.cudnn.allow_tf32 = False  # It would change tokens.
     tokenizer = load(path / "tokenizer.pt" if path.is_dir() else path).to(device)
     originals, again = [], []
     for future in read_ahead(files, tokenizer.image_size):
@@ -595,6 +593,7 @@ def main(argv=None):
     try:
         path = args.tokenizer or released_tokenizer()
         reconstruct(args.pictures, args.out, path, args.device)
+        print(f"{args.out}: pictures as {path} keeps them")
     except (UserError, OSError) as error:
         print("error:", error, file=sys.stderr)
         return 2
