@@ -242,6 +242,8 @@ def center_crop(image, size):
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError("too long and narrow")
     image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image)[top:top + size, left:left + size]
@@ -285,6 +287,8 @@ def read_picture(path, size=None, crops="center"):
     try:
         image = as_seen(Image.open(content))
         return np.array(image)[None] if size is None else crop(image, size, crops)
+    except MemoryError:
+        raise
     except Exception as error:  # all kinds, some with an address in memory
         reason = re.split("[<\n]", str(error))[0]
         raise DamagedPicture(f"{path}: {reason}")
@@ -422,7 +426,7 @@ def draw_shapes(count):
 # ---- Rows of tokens: uint16 (1 + T,), the class, then the tokens in cell order
 
 def fingerprint(module, *parts):
-    """12 hex digits that depend on a module's tensors and the parts."""
+    """12 hex digits of a module's tensors and the parts."""
     sha = hashlib.sha256(repr(parts).encode())
     for tensor in module.state_dict().values():
         sha.update(tensor.cpu().numpy().tobytes())
@@ -430,7 +434,7 @@ def fingerprint(module, *parts):
 
 @contextmanager
 def rows_file(path, columns):
-    """Yield an .npy file to write rows to, of any number."""
+    """Yield an .npy file to write rows to."""
     write_header = np.lib.format.write_array_header_1_0
     about = {"descr": "<u2", "fortran_order": False, "shape": (0, columns)}
     with replacing(path) as part, open(part, "wb") as file:
@@ -444,8 +448,7 @@ def rows_file(path, columns):
 def encode_shards(pictures, tokenizer, crops, folder, rank=0, processes=1):
     """Turn (class, path) pairs into rows: folder/00000.npz, 00001.npz, ...
 
-    A shard has the crops of some pictures, which depend on `pictures` only. So after a stop
-    any number of processes can go on.
+    What is in them depends on `pictures` only, so any number of processes can continue.
     """
     count = min(1000, math.ceil(len(pictures) / 16))
     bounds = [len(pictures) * n // count for n in range(count + 1)]
@@ -538,9 +541,9 @@ def save_grid(path, images, names):
         sheet.save(part, "PNG")
 
 def known_tokens(path, keep, tokenizer):
-    """The tokens (T,) of a picture's cells within the pixels `keep` = (x0, y0, x1, y1).
+    """The tokens (T,) of cells within the pixels `keep` = (x0, y0, x1, y1), others -1.
 
-    Others are -1. Also returns the picture and what is kept of it, (2, 3, H, W).
+    Also returns the picture and what is kept of it, (2, 3, H, W).
     """
     size, grid = tokenizer.image_size, tokenizer.grid_size
     cell = size // grid
@@ -558,7 +561,7 @@ def known_tokens(path, keep, tokenizer):
 # ---- The command
 
 def reconstruct(pictures, out, path, device):
-    """Save pictures as a tokenizer keeps them, and the originals: a grid, or two .npz files."""
+    """Save pictures as a tokenizer keeps them, and the originals."""
     beside = out.with_name(f"{out.stem}-originals.npz")
     files = []
     for each in pictures:
