@@ -9,7 +9,7 @@ one size, or an .npz file of statistics with ADM's names (mu, sigma, mu_s, sigma
 
 FID and sFID are distances of the two. The Inception Score is high if each sample is clearly of one
 class, and all classes occur. Precision is the share of samples that look like the reference, recall
-the reverse. ADM's evaluator (openai/guided-diffusion) needs TensorFlow, this file does not.
+the reverse. ADM's evaluator (openai/guided-diffusion) needs TensorFlow.
 MIT licence, the authors of this repository.
 """
 
@@ -19,8 +19,8 @@ import os
 import sys
 from pathlib import Path
 
-# OpenMP's threads spin while they wait for each other. On a busy CPU an update of a network took
-# 2 s instead of 0.06 s, until libgomp got this limit.
+# OpenMP's threads spin while they wait, so on a busy CPU an update of a network took 2 s instead of
+# 0.06 s, until libgomp got this limit.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -37,7 +37,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     On pool features it is FID (Heusel 2017), on spatial ones sFID (Nash 2021).
     """
     # With S = R^T R, the trace of (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T. It is
-    # real even where S is singular, as it is with fewer pictures than features.
+    # real even where S is singular, as with fewer pictures than features.
     singular = np.linalg.svd(root(sigma1) @ root(sigma2).T, compute_uv=False)
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * singular.sum()
     return max(0.0, float(distance))  # rounding can make -1e-12 of equals
@@ -93,7 +93,7 @@ class Moments:
         self.products = self.products + vectors.T @ vectors
 
     def result(self):
-        """Mean (D,) and covariance (D, D), NumPy arrays."""
+        """Mean (D,) and covariance (D, D)."""
         mean = self.sum / self.count
         covariance = self.products - self.count * torch.outer(mean, mean)
         covariance /= self.count - 1  # ddof 1, as in numpy.cov
@@ -124,7 +124,7 @@ def conv(x, w, name, stride=1, padded=True):
     return F.relu(F.batch_norm(x, *norm, eps=1e-3), inplace=True)
 
 def chain(x, w, name, length, stride=1):
-    """The convolutions name_1, name_2 and so on. The last one has the stride."""
+    """The convolutions name_1, name_2, ... The last one has the stride."""
     for i in range(1, length):
         x = conv(x, w, f"{name}_{i}")
     return conv(x, w, f"{name}_{length}", stride)
@@ -136,7 +136,7 @@ def average(x):
     # Trap: torchvision's network counts the padding.
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
-# Blocks of branches side by side. Comments give the kernels.
+# Branches side by side, with their kernels.
 
 def mixed_5(x, w, name):
     return torch.cat([
@@ -199,7 +199,7 @@ def inception(pixels, w):
         halve(x),
     ], 1)
     x = mixed_7(x, w, "Mixed_7b", average(x))  # (B, 2048, 8, 8)
-    # Trap: a maximum, a slip of the original that has become part of it.
+    # Trap: a maximum. It is a slip of the original, and now part of it.
     x = mixed_7(x, w, "Mixed_7c", F.max_pool2d(x, 3, stride=1, padding=1))
     pool = x.mean((2, 3))
     return pool, spatial, pool @ w["fc.weight"].T  # Trap: logits without their bias.
@@ -209,7 +209,7 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 def load_weights(path, device):
-    """Inception's weights by name, from a file or else the published ones (96 MB)."""
+    """Inception's weights by name, from a file or else the published ones."""
     try:
         if path is None:
             path = Path(torch.hub.get_dir(), "checkpoints", URL.split("/")[-1])
@@ -217,7 +217,7 @@ def load_weights(path, device):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
         weights = torch.load(path, device, weights_only=True)
-        # Do names and shapes fit? A black picture tells.
+        # Do names and shapes fit?
         black = torch.zeros(1, 9, 9, 3, device=device)
         torch.cat(inception(black, weights), 1).view(2048 + 2023 + 1008)
     except Exception as error:
@@ -229,12 +229,12 @@ def one_line(error):
 
 # ---- Samples and reference
 
-# By ADM's names. Those with _s are of spatial features.
-EXPECTED = {"arr_0": "uint8 (4 or more, H, W, 3)", "mu": (2048,), "sigma": (2048, 2048),
+# By ADM's names, with _s for spatial features.
+EXPECTED = {"arr_0": "uint8 (N > 3, H, W, 3)", "mu": (2048,), "sigma": (2048, 2048),
             "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 def open_side(path):
-    """Samples or reference, checked: a dictionary of what is there by the names of EXPECTED."""
+    """Samples or reference, checked: a dictionary with names of EXPECTED."""
     try:
         if path.is_dir():
             arrays = read_folder(path)
@@ -278,7 +278,7 @@ def read_folder(folder):
     return pictures
 
 def pictures_below(folder, seen):
-    if folder.resolve() not in seen:  # links can lead around in circles
+    if folder.resolve() not in seen:  # links can lead in circles
         seen.add(folder.resolve())
         for path in sorted(folder.iterdir()):
             if path.is_dir():
@@ -287,19 +287,20 @@ def pictures_below(folder, seen):
                 yield path
 
 def measure(side, name, weights, batch, device):
-    """A side with statistics, features and its score in place of pictures."""
+    """A side with statistics, features and score in place of pictures."""
     pictures = side.pop("arr_0")
-    pools, logits = [], []
+    # Not lists: small tensors between large ones would fragment memory, to 50 GB.
+    pool = torch.empty(len(pictures), EXPECTED["mu"][0], device=device)
+    logits = torch.empty(len(pictures), 1008, device=device)
     moments, spatial_moments = Moments(), Moments()
     for start in tqdm(range(0, len(pictures), batch), name):
-        pixels = torch.from_numpy(np.array(pictures[start:start + batch]))
-        pool, spatial, logit = inception(pixels.to(device), weights)
-        moments.add(pool)
+        part = slice(start, start + batch)
+        pixels = torch.tensor(pictures[part], device=device)
+        pool[part], spatial, logits[part] = inception(pixels, weights)
+        moments.add(pool[part])
         spatial_moments.add(spatial)
-        pools.append(pool)
-        logits.append(logit)
-    splits = torch.cat(logits).split(5000)
-    found = {"pool": torch.cat(pools), "is": sum(map(inception_score, splits)) / len(splits)}
+    splits = logits.split(5000)
+    found = {"pool": pool, "is": sum(map(inception_score, splits)) / len(splits)}
     found["mu"], found["sigma"] = moments.result()
     found["mu_s"], found["sigma_s"] = spatial_moments.result()
     return found | side  # stored statistics win: ADM's are of more pictures
