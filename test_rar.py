@@ -912,6 +912,14 @@ def test_frechet_distance():
     with pytest.raises(ValueError, match="negative eigenvalues"):
         fid.frechet_distance(u[:2], a - 2, u[:2], b)
 
+def test_moments():
+    x, moments = 100 + torch.randn(50, 70), fid.Moments()
+    for part in x.split([1, 20, 29]):
+        moments.add(part)
+    mean, covariance = moments.result()
+    assert np.abs(mean - x.double().mean(0).numpy()).max() < 1e-12
+    assert np.abs(covariance - np.cov(x.double().T)).max() < 1e-10
+
 def test_precision_recall():
     torch.manual_seed(0)
     a, b = torch.randn(150, 40), 1.1 * torch.randn(90, 40) + 0.1
