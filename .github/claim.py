@@ -85,7 +85,7 @@ def open_rows(kind, tokenizer):
     if tokenizer is None:
         tokenizer = rar.make_tokenizer(config, pairs[0])
         rar.write_tensors(HOME / "tokenizer.pt", tokenizer.state_dict())
-    return rar.open_rows(config, *pairs, tokenizer, CPU)
+    return rar.open_rows(config, *pairs, tokenizer)
 
 
 def open_tokenizer():

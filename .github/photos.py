@@ -51,7 +51,7 @@ def distance_to_halves(judge, images, labels, held_out):
 
 
 def score(judge, run, held_out, labels, count):
-    """Accuracy, distances and shared tokens of samples of a run."""
+    """Accuracy, distances and shared tokens of samples of a run, by name."""
     model, config, folder = rar.load_model(run, {"seed": 1}, DEVICE)
     tokenizer = rar.open_tokenizer(config, folder).to(DEVICE)
     wanted = torch.arange(count) % config.num_classes
@@ -62,22 +62,21 @@ def score(judge, run, held_out, labels, count):
     reconstructed = resized(again(tokenizer, resized(held_out, config.image_size)), 32)
 
     _, *pairs = rar.find_data(config.data)
-    rows, held_out_rows = rar.open_rows(config, *pairs, tokenizer, DEVICE)
-    shared = nearest_share(tokens.cpu(), rows)
-    return (f"accuracy {judge.score(images, wanted, held_out)['accuracy']:.3f}; "
-            f"distance {distance_to_halves(judge, images, wanted, held_out):.3f}, the tokenizer's "
-            f"alone {distance_to_halves(judge, reconstructed, labels, held_out):.3f}; shared "
-            f"{shared:.3f}, held-out ones {nearest_share(held_out_rows[:, 1:], rows):.3f}")
+    rows, held_out_rows = rar.open_rows(config, *pairs, tokenizer)
+    return {"accuracy": judge.score(images, wanted, held_out)["accuracy"],
+            "distance": distance_to_halves(judge, images, wanted, held_out),
+            "the tokenizer's distance": distance_to_halves(judge, reconstructed, labels, held_out),
+            "shared": nearest_share(tokens.cpu(), rows),
+            "shared by held-out ones": nearest_share(held_out_rows[:, 1:], rows)}
 
 
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="DATA/train/CLASS/PICTURE and DATA/val/CLASS/PICTURE")
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--judge", type=Path, help="file of the classifier [runs/judge-DATA.pt]")
     parser.add_argument("--tiny", action="store_true", help="see that it works, in seconds")
-    args = parser.parse_args(argv)
-    path = args.judge or Path(f"runs/judge-{Path(args.data).resolve().name}.pt")
+    args = parser.parse_args()
+    path = Path(f"runs/judge-{Path(args.data).resolve().name}.pt")
 
     train, pairs = labelled_pictures(args.data)
     held_out, labels = photographs(pairs, DEVICE)
@@ -89,7 +88,7 @@ def main(argv=None):
           f"distance of halves {own['distance']:.3f}")
     for run in args.runs:
         result = score(judge, run, held_out, labels, 20 if args.tiny else 600)
-        print(f"{run}: {result}", flush=True)
+        print(f"{run}:", ", ".join(f"{name} {x:.3f}" for name, x in result.items()), flush=True)
 
 
 if __name__ == "__main__":
