@@ -2,10 +2,9 @@
 
     python .github/any_order.py [RUN]        about three minutes on two cores
 
-Writes two pictures. orders.png has the six scan orders as maps of rank, with samples in each: by
-the checkpoint where annealing begins, and by the final weights. completions.png has held-out
-drawings, what is kept of them, and four completions of each. Then the classifier of
-shapes_score.py scores 400 completions. --tiny only shows that it works.
+orders.png has the six scan orders as maps of rank, with samples by the checkpoint where annealing
+begins, and by the final weights. completions.png has held-out drawings, what is kept of them, and
+four completions of each. The classifier of shapes_score.py scores 400 more.
 """
 
 import argparse

@@ -4,8 +4,7 @@
 
 DIR holds train/CLASS/PICTURE and val/CLASS/PICTURE. Each run is a `python rar.py train` in
 runs/claim/, one on each core that this process may use. What came out goes to claim.json, of
-which claim_figures.py makes the figures and tables of claim.md. --tiny only shows that it works:
-it makes two very short runs in runs/claim-tiny/, and leaves claim.json alone.
+which claim_figures.py makes the figures and tables of claim.md. --tiny leaves claim.json alone.
 """
 
 import argparse

@@ -4,7 +4,6 @@
 
 Trains a small CNN on drawn shapes, tells how well it does on held-out drawings, and then scores
 500 samples of the run (by default the newest), 50 of each class, drawn with the run's settings.
---tiny only shows that it works: its figures mean nothing.
 """
 
 import argparse
