@@ -1176,7 +1176,11 @@ def processes(device):
     with open(os.devnull, "w") as null:
         out, err = (null, null) if RANK > 0 else (sys.stdout, sys.stderr)
         with redirect_stdout(out), redirect_stderr(err):
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:  # comes to all of them
+                dist.destroy_process_group()
+                raise
     dist.destroy_process_group()  # not after an error, or the others would fail first
 
 def sum_over_processes(tensor):
