@@ -861,7 +861,8 @@ def open_rows(config, pictures, held_out, tokenizer):
 
     source = Path(config.data).resolve()
     if source.suffix == ".jsonl":
-        name = f"runs/tokens/{source.stem}-{fingerprint(tokenizer, stamp(source))}"
+        key = fingerprint(tokenizer, config.num_classes, stamp(source))
+        name = f"runs/tokens/{source.stem}-{key}"
         paths = [Path(f"{name}-{part}.npy") for part in ("train", "held-out")]
         if RANK == 0 and not paths[0].exists():
             sizes = config.num_classes, config.grid_size**2, config.codebook_size
@@ -900,7 +901,8 @@ def train_command(args, given, device, autocast):
     elif not pictures or len(names) == 1000 and device.type == "cuda":
         preset = "RAR-B"
     preset = given.get("model", preset)
-    folder = Path(args.out or f"runs/{Path(data).resolve().stem}-{preset}")
+    name = Path(data).resolve().name.removesuffix(".jsonl")
+    folder = Path(args.out or f"runs/{name}-{preset}")
     if checkpoints(folder):
         config = continued(folder, given)
     else:
