@@ -1,512 +1,369 @@
 """FID, sFID, Inception Score, precision and recall, as ADM's evaluator computes them.
 
-The published scores of ImageNet generators come from one TensorFlow 1 script. This file computes
-the same numbers with PyTorch, from the same files:
+    python fid.py SAMPLES REFERENCE              all five scores
+    python fid.py SAMPLES                        the Inception Score only
+    python fid.py PICTURES --save-stats X.npz    statistics, to be a REFERENCE later
 
-    python fid.py rar_b.npz VIRTUAL_imagenet256_labeled.npz     samples, then reference: all five
-    python fid.py recon.npz FOLDER --crop 256                   rFID: reconstructions and originals
-    python fid.py FOLDER --crop 256 --save-stats val.npz        statistics, to be a reference later
+Each is an .npz file with arr_0, an .npy file (both uint8, N x H x W x 3), a folder of pictures of
+one size, or an .npz file of statistics with ADM's names (mu, sigma, mu_s, sigma_s).
 
-Either side is a folder of pictures, an .npz file with `arr_0` or an .npy file, both uint8
-(N, H, W, 3), or an .npz file of statistics. What can't be computed from these is said.
+FID and sFID are distances of the two. The Inception Score is high if each sample is clearly of one
+class, and all classes occur. Precision is the share of samples that look like the reference, recall
+the reverse. ADM's evaluator (openai/guided-diffusion) needs TensorFlow.
+MIT licence, the authors of this repository.
 """
 
-import contextlib
-import dataclasses
-import io
-import math
+import argparse
+import json
 import os
 import sys
-import zipfile
-from functools import partial
 from pathlib import Path
+
+# OpenMP's threads spin while they wait, so on a busy CPU an update of a network took 2 s instead of
+# 0.06 s, until libgomp got this limit.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from PIL import Image
 from tqdm import tqdm
 
-import tokenizer as tok  # reads pictures, fetches files, reports mistakes
-from tokenizer import UserError
-
-# ---- The scores ----------------------------------------------------------------------------------
+# ---- The scores
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means (D,) and covariances (D, D).
 
-    On pool features it is FID (Heusel 2017), on spatial ones sFID (Nash 2021). With S = R^T R, the
-    trace of (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T. That is always real, and S
-    may be singular, as it is with fewer samples than dimensions.
+    On pool features it is FID (Heusel 2017), on spatial ones sFID (Nash 2021).
     """
-    roots = []
-    for sigma in (sigma1, sigma2):
-        values, vectors = np.linalg.eigh(sigma)
-        roots.append(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)  # (D, D)
-    singular = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False)      # (D,)
+    # With S = R^T R, the trace of (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T. It is
+    # real even where S is singular, as with fewer pictures than features.
+    singular = np.linalg.svd(root(sigma1) @ root(sigma2).T, compute_uv=False)
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * singular.sum()
     return max(0.0, float(distance))  # rounding can make -1e-12 of equals
+
+def root(sigma):
+    """R with R^T R = sigma. ValueError if there is none, so that sigma is no covariance."""
+    values, vectors = np.linalg.eigh(sigma)
+    if values.clip(max=0).sum() < -1e-6 * abs(values.sum()):  # more than rounding
+        raise ValueError("a sigma has negative eigenvalues")
+    return np.sqrt(values.clip(min=0))[:, None] * vectors.T
 
 def inception_score(logits):
     """exp of the mean KL(p(y | x) || p(y)) of logits (N, 1008) (Salimans 2016).
 
-    The published number is the mean over splits of 5,000 consecutive samples. Trap: if samples come
-    class after class, it collapses.
+    The published number is the mean over splits of 5,000 consecutive samples. Trap: class after
+    class, a split has few classes, and the score collapses.
     """
-    log_p = logits.double().log_softmax(1)                # (N, 1008)
-    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (1008,)
+    log_p = logits.double().log_softmax(1)
+    log_mean = log_p.logsumexp(0) - np.log(len(log_p))
     return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
 
 def precision_recall(samples, reference, k=3, block=1024):
-    """The fraction of samples on the reference's manifold, and the reverse (Kynkäänniemi 2019).
+    """The share of samples on the reference's manifold, and the reverse (Kynkäänniemi 2019).
 
-    Both are pool features, (N, 2048) and (M, 2048). Around each point is a ball that reaches to its
-    third neighbour. The manifold is the union of these balls, with their borders.
+    Both are pool features, (N, D) and (M, D). Around each point is a ball that reaches to its k-th
+    neighbour. The manifold is the union of these balls, with their borders.
     """
-    samples, reference = on_grid(samples, reference)
-    fractions = []
+    samples, reference = samples.double(), reference.double()
+    shares = []
     for points, centres in ((samples, reference), (reference, samples)):
-        # k + 1: the nearest point is the point itself
-        radii = torch.cat([distances.topk(k + 1, largest=False).values[:, k]
-                           for distances in squared_distances(centres, centres, block)])
-        inside = torch.cat([(distances <= radii).any(1)
-                            for distances in squared_distances(points, centres, block)])
-        fractions.append(inside.double().mean().item())
-    return fractions
-
-def on_grid(*sets):
-    """Vectors (N, D) in steps of 2^-25 of the longest, about the precision of float32.
-
-    Squared distances are then whole numbers below 2^53, exact in float64. So they do not depend on
-    blocks, and equal points have distance 0.
-    """
-    longest = max(float(vectors.norm(dim=1).max()) for vectors in sets)
-    step = 2.0 ** (math.ceil(math.log2(max(longest, 1e-30))) - 25)
-    return [(vectors / step).round() for vectors in sets]
-
-def squared_distances(points, centres, block):
-    """Yield float64 (block, M) for each block of points (N, D), to centres (M, D) on one grid."""
-    squares = [(part.double() ** 2).sum(1) for part in centres.split(block)]
-    for part in tqdm(points.split(block), "distances", leave=False, disable=len(points) < 5000):
-        part = part.double()
-        distances = torch.cat([torch.addmm(square, part, other.double().T, alpha=-2)
-                               for square, other in zip(squares, centres.split(block))], 1)
-        yield distances.add_((part**2).sum(1, keepdim=True))
+        radii = torch.cat([  # k + 1, because the nearest is the point itself
+            torch.cdist(part, centres).topk(k + 1, largest=False).values[:, k] ** 2
+            for part in centres.split(block)])
+        inside = 0
+        for part in points.split(block):
+            squared = torch.cdist(part, centres) ** 2
+            # Copies of the k-th neighbour lie on the border, but blocks differ in rounding.
+            tolerance = 1e-12 * squared.max()
+            inside += (squared <= radii + tolerance).any(1).sum().item()
+        shares.append(inside / len(points))
+    return shares
 
 class Moments:
-    """Mean and covariance of vectors that come in batches, in float64.
+    """Mean and covariance of vectors that come in batches (B, D), in float64."""
 
-    Sums are taken about the first batch's mean. A large mean would drown a small variance.
-    """
-
-    count = 0
+    def __init__(self):
+        self.count = self.sum = self.products = 0
 
     def add(self, vectors):
-        vectors = vectors.double()  # (B, D)
-        if self.count == 0:
-            self.origin, self.sum, self.products = vectors.mean(0), 0, 0
-        vectors = vectors - self.origin
+        vectors = vectors.double()
         self.count += len(vectors)
-        self.sum = self.sum + vectors.sum(0)  # (D,)
-        self.products = self.products + vectors.T @ vectors  # (D, D)
+        self.sum = self.sum + vectors.sum(0)
+        self.products = self.products + vectors.T @ vectors
 
     def result(self):
+        """Mean (D,) and covariance (D, D)."""
         mean = self.sum / self.count
         covariance = self.products - self.count * torch.outer(mean, mean)
         covariance /= self.count - 1  # ddof 1, as in numpy.cov
-        return (self.origin + mean).cpu().numpy(), covariance.cpu().numpy()
+        return mean.cpu().numpy(), covariance.cpu().numpy()
 
-# ---- Inception -----------------------------------------------------------------------------------
+# ---- Inception
 
 def resize(images, size=299):
-    """(B, 3, H, W) -> (B, 3, 299, 299), as TensorFlow 1 does it.
+    """(B, C, H, W) -> (B, C, size, size), blending two neighbours as TensorFlow 1 does.
 
     Trap: output i lies at i * H / 299, not half a pixel further on. Shrinking smooths nothing.
     """
-    for axis in (3, 2):
-        length = images.shape[axis]
+    for _ in ("x", "y"):
+        length = images.shape[3]
         position = torch.arange(size, device=images.device) * torch.tensor(length / size)
-        low = position.floor().long()  # (299,)
+        low = position.floor().long()
         high = (low + 1).clamp(max=length - 1)
-        weight = (position - low).view(-1, *[1] * (3 - axis))
-        first = images.index_select(axis, low)
-        second = images.index_select(axis, high)
-        images = first + (second - first) * weight
-    return images
+        first, second = images[..., low], images[..., high]
+        images = first + (second - first) * (position - low)
+        images = images.transpose(2, 3)
+    return images.contiguous(memory_format=torch.channels_last)  # CPUs are faster so
 
-class Conv(nn.Module):
-    """Convolution, batch norm and ReLU. With stride 1 the size stays, unless `padded` is False."""
+def conv(x, w, name, stride=1, padded=True):
+    """Convolution, batch norm, ReLU. Kernel and width are those of the weights."""
+    padding = "same" if padded and stride == 1 else 0
+    x = F.conv2d(x, w[f"{name}.conv.weight"], None, stride, padding)
+    norm = [w[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+    return F.relu(F.batch_norm(x, *norm, eps=1e-3), inplace=True)
 
-    def __init__(self, inputs, outputs, kernel, stride=1, padded=True):
-        super().__init__()
-        padding = "same" if padded and stride == 1 else 0
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+def chain(x, w, name, length, stride=1):
+    """The convolutions name_1, name_2, ... The last one has the stride."""
+    for i in range(1, length):
+        x = conv(x, w, f"{name}_{i}")
+    return conv(x, w, f"{name}_{length}", stride)
 
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+def halve(x):
+    return F.max_pool2d(x, 3, stride=2)
 
-halve = partial(F.max_pool2d, kernel_size=3, stride=2)
-maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
-                  count_include_pad=False)  # Trap: torchvision's network counts the padding.
+def average(x):
+    # Trap: torchvision's network counts the padding.
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
-class Mixed(nn.Module):
-    """Branches side by side. A branch is a chain of convolutions (outputs, kernel, stride).
+# Branches side by side, with their kernels.
 
-    A list at the end of a chain is two convolutions of the same input. branch_pool starts from the
-    pooled input.
-    """
+def mixed_5(x, w, name):
+    return torch.cat([
+        conv(x, w, f"{name}.branch1x1"),
+        chain(x, w, f"{name}.branch5x5", 2),         # 1x1, 5x5
+        chain(x, w, f"{name}.branch3x3dbl", 3),      # 1x1, 3x3, 3x3
+        conv(average(x), w, f"{name}.branch_pool"),
+    ], 1)
 
-    def __init__(self, inputs, pool, **branches):
-        super().__init__()
-        self.pool = pool
-        self.chains = {}  # branch: for each step the names of its convolutions
-        for branch, chain in branches.items():
-            self.chains[branch] = []
-            width = inputs
-            for number, step in enumerate(chain, 1):
-                name = f"{branch}_{number}" if len(chain) > 1 else branch
-                convs = {name: step}
-                if isinstance(step, list):
-                    convs = {name + "a": step[0], name + "b": step[1]}
-                for each, (outputs, *more) in convs.items():
-                    self.add_module(each, Conv(width, outputs, *more))
-                self.chains[branch].append(list(convs))
-                width = outputs
+def mixed_6(x, w, name):
+    return torch.cat([
+        conv(x, w, f"{name}.branch1x1"),
+        chain(x, w, f"{name}.branch7x7", 3),         # 1x1, 1x7, 7x1
+        chain(x, w, f"{name}.branch7x7dbl", 5),      # 1x1, 7x1, 1x7, 7x1, 1x7
+        conv(average(x), w, f"{name}.branch_pool"),
+    ], 1)
 
-    def forward(self, x):
-        outputs = []
-        for branch, chain in self.chains.items():
-            h = [self.pool(x) if branch == "branch_pool" else x]
-            for names in chain:
-                h = [getattr(self, name)(h[0]) for name in names]
-            outputs += h
-        return torch.cat(outputs, 1)
+def mixed_7(x, w, name, pooled):
+    three = conv(x, w, f"{name}.branch3x3_1")        # 1x1
+    double = chain(x, w, f"{name}.branch3x3dbl", 2)  # 1x1, 3x3
+    return torch.cat([
+        conv(x, w, f"{name}.branch1x1"),
+        conv(three, w, f"{name}.branch3x3_2a"),      # 1x3
+        conv(three, w, f"{name}.branch3x3_2b"),      # 3x1
+        conv(double, w, f"{name}.branch3x3dbl_3a"),  # 1x3
+        conv(double, w, f"{name}.branch3x3dbl_3b"),  # 3x1
+        conv(pooled, w, f"{name}.branch_pool"),
+    ], 1)
 
-def mixed_5(inputs, pooled):
-    return Mixed(inputs, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
-
-def mixed_6(width):
-    wide = (width, (1, 7))
-    tall = (width, (7, 1))
-    return Mixed(768, average, branch1x1=[(192, 1)], branch7x7=[(width, 1), wide, (192, (7, 1))],
-                 branch7x7dbl=[(width, 1), tall, wide, tall, (192, (1, 7))],
-                 branch_pool=[(192, 1)])
-
-def mixed_7(inputs, pool):
-    both = [(384, (1, 3)), (384, (3, 1))]
-    return Mixed(inputs, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), both],
-                 branch3x3dbl=[(448, 1), (384, 3), both], branch_pool=[(192, 1)])
-
-class Inception(nn.Module):
-    """The Inception v3 of 2015, with the names of its PyTorch release. torchvision has another one.
+@torch.no_grad()
+def inception(pixels, w):
+    """The Inception v3 of 2015, not torchvision's. w holds weights by their published names.
 
     uint8 (B, H, W, 3) -> pool (B, 2048), spatial (B, 2023), logits (B, 1008)
     """
-
-    def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padded=False)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padded=False)
-        self.Mixed_5b = mixed_5(192, 32)
-        self.Mixed_5c = mixed_5(256, 64)
-        self.Mixed_5d = mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3, 2)],
-                              branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
-        self.Mixed_6b = mixed_6(128)
-        self.Mixed_6c = mixed_6(160)
-        self.Mixed_6d = mixed_6(160)
-        self.Mixed_6e = mixed_6(192)
-        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[
-            (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
-        self.Mixed_7b = mixed_7(1280, average)
-        self.Mixed_7c = mixed_7(2048, maximum)  # a slip of the original, and part of it since
-        self.fc = nn.Linear(2048, 1008)
-
-    @torch.no_grad()
-    def forward(self, pixels):
-        x = pixels.to(self.fc.weight.device).permute(0, 3, 1, 2).float()
-        x = (resize(x) - 128) / 128  # (B, 3, 299, 299)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # Trap: (17, 17, 7), channels last.
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
-        pool = x.mean((2, 3))  # of 8x8 cells
-        return pool, spatial, pool @ self.fc.weight.T  # Trap: logits without their bias.
+    x = pixels.permute(0, 3, 1, 2).float()
+    x = (resize(x) - 128) / 128               # (B, 3, 299, 299)
+    x = conv(x, w, "Conv2d_1a_3x3", stride=2)
+    x = conv(x, w, "Conv2d_2a_3x3", padded=False)
+    x = halve(conv(x, w, "Conv2d_2b_3x3"))    # (B, 64, 73, 73)
+    x = conv(x, w, "Conv2d_3b_1x1")
+    x = conv(x, w, "Conv2d_4a_3x3", padded=False)
+    x = mixed_5(halve(x), w, "Mixed_5b")      # (B, 256, 35, 35)
+    x = mixed_5(x, w, "Mixed_5c")
+    x = mixed_5(x, w, "Mixed_5d")
+    x = torch.cat([                           # (B, 768, 17, 17)
+        conv(x, w, "Mixed_6a.branch3x3", stride=2),
+        chain(x, w, "Mixed_6a.branch3x3dbl", 3, stride=2),  # 1x1, 3x3, 3x3
+        halve(x),
+    ], 1)
+    x = mixed_6(x, w, "Mixed_6b")
+    x = mixed_6(x, w, "Mixed_6c")
+    x = mixed_6(x, w, "Mixed_6d")
+    # Trap: (17, 17, 7), channels last.
+    spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+    x = mixed_6(x, w, "Mixed_6e")
+    x = torch.cat([                           # (B, 1280, 8, 8)
+        chain(x, w, "Mixed_7a.branch3x3", 2, stride=2),  # 1x1, 3x3
+        chain(x, w, "Mixed_7a.branch7x7x3", 4, stride=2),  # 1x1, 1x7, 7x1, 3x3
+        halve(x),
+    ], 1)
+    x = mixed_7(x, w, "Mixed_7b", average(x))  # (B, 2048, 8, 8)
+    # Trap: a maximum. It is a slip of the original, and now part of it.
+    x = mixed_7(x, w, "Mixed_7c", F.max_pool2d(x, 3, stride=1, padding=1))
+    pool = x.mean((2, 3))
+    return pool, spatial, pool @ w["fc.weight"].T  # Trap: logits without their bias.
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
-def read_weights(path):
-    """The tensors in a file. The published one alone may be older than torch's zip format."""
-    if zipfile.is_zipfile(path):
-        return tok.read_tensors(path)
-    with tok.reading(path, "is not a PyTorch file of tensors, or it is damaged"):
-        if tok.digest(np.memmap(path, mode="r")) != SHA256:
-            raise ValueError
-        return torch.load(path, "cpu", weights_only=True)
+def load_weights(path, device):
+    """Inception's weights by name, from a file or else the published ones."""
+    try:
+        if path is None:
+            path = Path(torch.hub.get_dir(), "checkpoints", URL.split("/")[-1])
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
+        weights = torch.load(path, device, weights_only=True)
+        # Do names and shapes fit?
+        black = torch.zeros(1, 9, 9, 3, device=device)
+        torch.cat(inception(black, weights), 1).view(2048 + 2023 + 1008)
+    except Exception as error:
+        sys.exit(f"Inception's weights, {path}: {one_line(error)}")
+    return weights
 
-def load_inception(path, device):
-    """Inception with the published weights, or with those of a file."""
-    path = path or tok.fetch(URL, SHA256)
-    model = Inception()
-    counters = {name: count for name, count in model.state_dict().items()
-                if name.endswith("num_batches_tracked")}  # not in every file, and of no effect
-    tok.load_strictly(model, read_weights(path) | counters, path)
-    return model.eval().to(device, memory_format=torch.channels_last)  # nearly twice as fast
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0]
 
-# ---- Samples and reference -----------------------------------------------------------------------
+# ---- Samples and reference
 
-KINDS = {"pool": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 2023)}  # ADM's names
+# By ADM's names, with _s for spatial features.
+EXPECTED = {"arr_0": "uint8 (N > 3, H, W, 3)", "mu": (2048,), "sigma": (2048, 2048),
+            "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
-@dataclasses.dataclass
-class Side:
-    """Samples or reference: pictures, stored statistics, or both. `measure` adds the rest."""
-    path: Path
-    count: int | None = None  # pictures, here or behind the statistics; None if unknown
-    batches: object = None  # batch size -> iterator over uint8 (B, H, W, 3)
-    moments: dict = dataclasses.field(default_factory=dict)  # kind: (mean, covariance)
-    size: str = "256x256"
-    features: torch.Tensor | None = None  # (N, 2048)
-    inception_score: float | None = None
-
-def open_side(path, crop):
-    """The Side at a path. Raises UserError if there is nothing in it to score."""
-    if path.is_dir():
-        files = tok.pictures_in(path)
-        side = Side(path, len(files), partial(folder_batches, files, crop))
-    elif path.is_file():
-        with tok.reading(path):
-            side = open_arrays(path)
-    else:
-        raise UserError(f"there is neither a file nor a folder {path}")
-    if side.batches and side.count < 4:  # third neighbours
-        raise UserError(f"{path}: scores need at least 4 pictures, and there are {side.count}")
-    return side
-
-def open_arrays(path):
-    side = Side(path)
-    members = ["arr_0.npy"]
-    if path.suffix != ".npy":
-        if not zipfile.is_zipfile(path):
-            raise ValueError("neither a whole .npz file, nor an .npy file, nor a folder")
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            for kind, (mean, covariance, width) in KINDS.items():
-                if f"{mean}.npy" in members:
-                    side.moments[kind] = (read_member(archive, mean, (width,)),
-                                          read_member(archive, covariance, (width, width)))
-            if "count.npy" in members:
-                side.count = int(read_member(archive, "count", ()))
-    if "arr_0.npy" in members:
-        with open_array(path) as (shape, _):
-            side.count = shape[0]
-        side.batches = partial(array_batches, path)
-    elif not side.moments:
-        raise ValueError(f"neither pictures (arr_0) nor statistics (mu, sigma), but {members}")
-    return side
-
-def read_member(archive, name, shape):
-    """An array of an .npz file, read whole so that zipfile compares its checksum."""
-    member = io.BytesIO(archive.read(f"{name}.npy"))
-    array = np.lib.format.read_array(member, allow_pickle=False).astype(np.float64)
-    if array.shape != shape:
-        raise ValueError(f"{name} is {array.shape}, and Inception's is {shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinity")
-    return array
-
-@contextlib.contextmanager
-def open_array(path):
-    """Yield the shape of the pictures in an array file, and the file at its first pixel."""
-    if path.suffix == ".npy":
-        file = open(path, "rb")
-        size = path.stat().st_size
-    else:
-        archive = zipfile.ZipFile(path)
-        file = archive.open("arr_0.npy")
-        size = archive.getinfo("arr_0.npy").file_size
-    with file:
-        np.lib.format.read_magic(file)
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or is_fortran:
-            first = ", channels first" if len(shape) == 4 and shape[1] == 3 else ""
-            raise ValueError(f"it holds {dtype} {shape}{first}; expected uint8 from 0 to 255, "
-                             "(N, H, W, 3), not in Fortran order")
-        if size - file.tell() != math.prod(shape):
-            raise ValueError(f"{size - file.tell():,} bytes of pixels, not {math.prod(shape):,}")
-        yield shape, file
-
-def array_batches(path, batch):
-    """The pictures in an array file, piece by piece: ADM's 50,000 are 9.8 GB."""
-    with tok.reading(path), open_array(path) as (shape, file):
-        for first in range(0, shape[0], batch):
-            part = (min(batch, shape[0] - first), *shape[1:])
-            yield np.frombuffer(bytearray(file.read(math.prod(part))), np.uint8).reshape(part)
-        file.read(1)  # Trap: zipfile compares the checksum at the very end.
-
-def folder_batches(files, crop_size, batch):
-    """The pictures of the files, as they are or cut as tokenizer.py reconstruct cuts them."""
-    items = tok.read_pictures(files, "center" if crop_size else None, crop_size)
-    size = None
-    for first in range(0, len(files), batch):
-        pictures = []
-        for file, item in zip(files[first:first + batch], items):
-            if isinstance(item, str):  # without it, this would be the score of another set
-                raise UserError(f"{file}: {item}")
-            size = size or size_of(item)
-            if size_of(item) != size:
-                raise UserError(f"{files[0]} is {size}, but {file} {size_of(item)}: cut all to one "
-                                "size, with --crop 256 for example")
-            pictures.append(item)
-        yield np.concatenate(pictures)
-
-def size_of(pixels):
-    return f"{pixels.shape[2]}x{pixels.shape[1]}"
-
-def measure(side, inception, batch, keep_features):
-    """Go through the pictures once, for Inception Score, features, and missing statistics."""
-    device = inception.fc.weight.device
-    moments = {kind: Moments() for kind in KINDS}
-    if keep_features:
-        side.features = torch.empty(side.count, KINDS["pool"][2], device=device)
-    split = torch.empty(0, 1008, device=device)
-    scores = []
-    done = 0
-    with tqdm(total=side.count, desc=side.path.name, unit=" images", leave=False) as bar:
-        for pixels in side.batches(batch):
-            pool, spatial, logits = inception(torch.from_numpy(pixels))
-            moments["pool"].add(pool)
-            moments["spatial"].add(spatial)
-            if keep_features:
-                side.features[done:done + len(pool)] = pool
-            done += len(pool)
-            split = torch.cat([split, logits])
-            while len(split) >= 5000 or (done == side.count and len(split) > 0):
-                scores.append(inception_score(split[:5000]))
-                split = split[5000:]
-            bar.update(len(pool))
-    side.size = size_of(pixels)
-    side.inception_score = sum(scores) / len(scores)
-    if not math.isfinite(side.inception_score):
-        raise UserError(f"{side.path}: Inception's outputs are not finite: are its weights good?")
-    side.moments = {kind: of_kind.result() for kind, of_kind in moments.items()} | side.moments
-
-# ---- The command ---------------------------------------------------------------------------------
-
-# Each score, and the statistics that give it without pictures.
-METRICS = {"fid": "pool", "sfid": "spatial", "is": "", "precision": "", "recall": ""}
-
-def obstacle(metric, sides):
-    """Why a score can't be had, or None if it can."""
-    if metric == "is":
-        sides = sides[:1]
-    elif len(sides) == 1:
-        return "there is no reference"
-    for side in sides:
-        if side.batches is None and METRICS[metric] not in side.moments:
-            return f"{side.path} holds no pictures, only statistics ({', '.join(side.moments)})"
-
-def choose_metrics(asked, sides):
-    """The scores that can be had, and lines that say why others can't."""
-    names = []
-    reasons = {}  # and the scores that each rules out
-    for name in asked.split(",") if asked else METRICS:
-        if name not in METRICS:
-            raise UserError(f"--metrics {name}: choose from {','.join(METRICS)}")
-        if reason := obstacle(name, sides):
-            reasons.setdefault(reason, []).append(name)
+def open_side(path):
+    """Samples or reference, checked: a dictionary with names of EXPECTED."""
+    try:
+        if path.is_dir():
+            arrays = read_folder(path)
         else:
-            names.append(name)
-    missing = [f"no {', '.join(without)}: {reason}" for reason, without in reasons.items()]
-    if missing and (asked or not names):
-        raise UserError("; ".join(missing))
-    return names, missing
+            arrays = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            arrays = {"arr_0": arrays}
+        # A mu without a sigma is a KeyError.
+        side = {name: arrays[name] for name in EXPECTED if name.replace("sigma", "mu") in arrays}
+        if not side:
+            raise ValueError(f"neither arr_0 nor mu, but {list(arrays)}")
+        for name, array in side.items():
+            if name == "arr_0":
+                fits = array.dtype == np.uint8 and array.shape[3:] == (3,) and len(array) > 3
+            else:
+                fits = array.shape == EXPECTED[name] and np.allclose(array, array.T)
+            if not fits:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, expected "
+                                 f"{EXPECTED[name]} (statistics symmetric, without NaN)")
+            if array.ndim == 2:
+                root(array)  # or a ValueError
+    except Exception as error:  # bad files raise many kinds
+        sys.exit(f"{path}: {one_line(error)}")
+    return side
 
-def check_outputs(paths, sides):
-    """Raise UserError for a path that can't be written to, or that is an input."""
-    for path in filter(None, paths):
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: {path.parent} is not a folder that can be written to")
-        if path.is_dir() or (path.exists() and any(path.samefile(side.path) for side in sides)):
-            raise UserError(f"{path} is there already; name another file to write to")
+def read_folder(folder):
+    files = list(pictures_below(folder, set()))
+    if not files:
+        raise ValueError("no pictures")
+    for i, file in enumerate(tqdm(files, "reading", leave=False)):
+        try:
+            with Image.open(file) as image:
+                pixels = np.array(image.convert("RGB"))
+        except Exception as error:
+            sys.exit(f"{file}: {one_line(error)}")
+        if i == 0:
+            pictures = np.empty((len(files), *pixels.shape), np.uint8)
+        if pixels.shape != pictures[0].shape:
+            sys.exit(f"{file} is {pixels.shape}, but {files[0]} {pictures[0].shape}")
+        pictures[i] = pixels
+    return pictures
 
-def describe(title, side, usual):
-    """Print what a side is, and what is unusual about it."""
-    what = "" if side.batches else "statistics of "
-    count = "an unknown number of" if side.count is None else f"{side.count:,}"
-    print(f"{title:12}{side.path}: {what}{count} pictures")
-    if side.count and side.count < usual:
-        few = "fewer than the 2,048 features" if side.count < 2048 else "not the usual 50,000"
-        print(f"{'':12}{few}: FID and sFID come out higher; compare equal counts only")
-    if side.size != "256x256":
-        print(f"{'':12}of {side.size} and not the usual 256x256")
+def pictures_below(folder, seen):
+    if folder.resolve() not in seen:  # links can lead in circles
+        seen.add(folder.resolve())
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                yield from pictures_below(path, seen)
+            elif path.suffix.lower() in Image.registered_extensions():
+                yield path
 
-def run(argv):
-    parser = tok.Parser(prog="fid.py", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("samples", type=Path, help="folder of pictures, .npz or .npy file")
-    add("reference", type=Path, nargs="?", help="the same, or statistics")
-    add("--metrics", help=f"of {','.join(METRICS)} [all there are]")
-    add("--crop", type=tok.positive, help="cut folders' pictures so")
-    add("--weights", help="Inception's, if not to be downloaded")
-    add("--json", type=Path, help="file to write the scores to")
-    add("--save-stats", type=Path, help=".npz to write the samples' statistics to")
-    add("--batch", type=tok.positive, help="at once [16; GPU: 64]")
-    add("--device", choices=["cuda", "cpu"], help="[cuda, if there is one]")
-    args = parser.parse_args(argv)
-    device, _, _ = tok.choose_device(args.device)
-    sides = [open_side(path, args.crop) for path in (args.samples, args.reference) if path]
-    samples = sides[0]
-    if args.crop and not any(side.path.is_dir() for side in sides):
-        raise UserError(f"--crop {args.crop} is for folders of pictures")
-    check_outputs((args.json, args.save_stats), sides)
-    names, missing = choose_metrics(args.metrics, sides)
-    if args.save_stats and samples.batches is None:
-        raise UserError(f"--save-stats: {samples.path} holds no pictures to measure")
+def measure(side, name, weights, batch, device):
+    """A side with statistics, features and score in place of pictures."""
+    pictures = side.pop("arr_0")
+    # Not lists: small tensors between large ones would fragment memory, to 50 GB.
+    pool = torch.empty(len(pictures), EXPECTED["mu"][0], device=device)
+    logits = torch.empty(len(pictures), 1008, device=device)
+    moments, spatial_moments = Moments(), Moments()
+    for start in tqdm(range(0, len(pictures), batch), name):
+        part = slice(start, start + batch)
+        pixels = torch.tensor(pictures[part], device=device)
+        pool[part], spatial, logits[part] = inception(pixels, weights)
+        moments.add(pool[part])
+        spatial_moments.add(spatial)
+    splits = logits.split(5000)
+    found = {"pool": pool, "is": sum(map(inception_score, splits)) / len(splits)}
+    found["mu"], found["sigma"] = moments.result()
+    found["mu_s"], found["sigma_s"] = spatial_moments.result()
+    return found | side  # stored statistics win: ADM's are of more pictures
 
-    distances = [name for name in ("fid", "sfid") if name in names]
-    manifolds = "precision" in names or "recall" in names
-    lacking = [manifolds or any(METRICS[name] not in side.moments for name in distances)
-               for side in sides]
-    lacking[0] = lacking[0] or args.save_stats or "is" in names
-    todo = [side for side, lacks in zip(sides, lacking) if lacks]
-    inception = load_inception(args.weights, device) if todo else None
-    batch = args.batch or (16 if device.type == "cpu" else 64)
-    for side in todo:
-        measure(side, inception, batch, manifolds)
+# ---- The command
 
-    found = {"is": samples.inception_score}
-    for name in distances:
-        first, second = (side.moments[METRICS[name]] for side in sides)
-        found[name] = frechet_distance(*first, *second)
-    if manifolds:
-        found["precision"], found["recall"] = precision_recall(*(side.features for side in sides))
-    scores = dict.fromkeys(METRICS) | {name: found[name] for name in names}
-    for title, side, usual in zip(("samples", "reference"), sides, (50_000, 2048)):
-        describe(title, side, usual)
-    print(*(f"{name:12}{scores[name]:.4f}" for name in names), *missing, sep="\n")
-    if args.json:
-        counts = {"samples": samples.count, "reference": sides[1].count if sides[1:] else None}
-        tok.write_json(args.json, scores | counts)
-    if args.save_stats:
-        arrays = {"count": samples.count}
-        for kind, (mean, covariance, _) in KINDS.items():
-            arrays[mean], arrays[covariance] = samples.moments[kind]
-        with tok.replacing(args.save_stats) as beside, open(beside, "wb") as file:
-            np.savez(file, **arrays)
+def write(path, save):
+    """Write beside and rename, so a file is whole or absent."""
+    with open(f"{path}.part", "wb") as file:
+        save(file)
+    os.replace(f"{path}.part", path)
 
 def main(argv=None):
-    """Run the command. Returns its exit code."""
-    return tok.exit_code(run, argv, interrupted="interrupted")
+    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("samples", type=Path)
+    add("reference", type=Path, nargs="?")
+    add("--save-stats", type=Path)
+    add("--json", type=Path)
+    add("--weights", type=Path)
+    add("--batch", type=int, default=32)
+    add("--device", choices=devices, default=devices[0])
+    args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # it would change the scores
+
+    paths = [path for path in (args.samples, args.reference) if path]
+    for path in filter(None, (args.save_stats, args.json)):
+        is_input = path.resolve() in [each.resolve() for each in paths]
+        if is_input or os.path.isdir(path) or not os.access(path.parent, os.W_OK):
+            sys.exit(f"{path} is an input, or can't be written")
+
+    sides = [open_side(path) for path in paths]
+    shapes = [side["arr_0"].shape for side in sides if "arr_0" in side]
+    if any(shape[0] < 2048 for shape in shapes):
+        print("FID and sFID of fewer than 2,048 pictures are too high.")
+    if len({shape[1:] for shape in shapes}) > 1:
+        print("Samples and reference differ in size, so in sharpness.")
+    if args.samples.is_dir() and any(path.is_dir() for path in args.samples.iterdir()):
+        print("Class after class, as here, the Inception Score of over 5,000 pictures collapses.")
+
+    weights = load_weights(args.weights, args.device) if shapes else None
+    for i, path in enumerate(paths):
+        if "arr_0" in sides[i]:
+            sides[i] = measure(sides[i], str(path), weights, args.batch, args.device)
+    samples, reference = [*sides, {}][:2]
+    scores = dict.fromkeys(["fid", "sfid", "is", "precision", "recall"])
+    for score, m, s in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
+        if {m, s} <= samples.keys() & reference.keys():
+            scores[score] = frechet_distance(samples[m], samples[s], reference[m], reference[s])
+    scores["is"] = samples.get("is")
+    if "pool" in samples and "pool" in reference:
+        scores["precision"], scores["recall"] = precision_recall(samples["pool"], reference["pool"])
+
+    for score, value in scores.items():
+        missing = "pictures" if reference or score == "is" else "a reference"
+        print(f"{score:12}" + (f"needs {missing}" if value is None else f"{value:.4f}"))
+    if args.json:
+        write(args.json, lambda file: file.write(json.dumps(scores).encode()))
+    if args.save_stats:
+        statistics = {name: samples[name] for name in EXPECTED if name in samples}
+        write(args.save_stats, lambda file: np.savez(file, **statistics))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,26 +11,29 @@ the number of the codebook entry that comes nearest. A transformer learns to pre
 by one, as a language model predicts words. New pictures are drawn from it token by token.
 
 In which order? In raster order, row by row, a token is predicted only from what is above it and to
-its left. Random orders teach a model to use context from all sides. So RAR maximises, on average
-over pictures x and orders o, the sum over i of
+its left. In random orders it is predicted from any other cells, so the model learns how every cell
+depends on every other, and raster order profits from that. So RAR maximises, on average over
+pictures x and orders o, the sum over i of
 
     log p(x_o(i) | x_o(1), ..., x_o(i-1), class)
 
 With probability r a picture's order is drawn from all T! orders, otherwise it is raster. r = 1 is
-the objective of permutation language models such as XLNet. But no model masters all orders, and to
-draw a picture one order is enough. So r is 1 for half of the training, falls to 0 in the third
-quarter, and stays there: the model ends on the order in which it will draw. The paper's FID of
-RAR-L (less is better) is 3.08 in raster order, 3.01 in random orders, and 2.18 annealed.
+the objective of permutation language models such as XLNet. But T! orders are far more than a model
+can learn well, and to draw a picture one order is enough. So r is 1 for half of the training, falls
+to 0 in the third quarter, and stays there: the model ends on the order in which it will draw. In
+the paper the FID of RAR-L, a distance to real pictures, is 3.08 in raster order, 3.01 in random
+orders, and 2.18 annealed.
 
 Random orders need one more thing: the model must be told which cell is asked for. After cells 2
-and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. The model has
-seen the same in both, so without a word about the next cell it could only answer the same. A
-second position embedding, the target-aware one, tells it. In a fixed order the next cell follows
-from the present one, so after annealing both tables can be merged into one.
+and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. So far both
+have the same input, so the model could only give both the same answer. A second position
+embedding, the target-aware one, tells it the next cell. In a fixed order the next cell follows from
+the present one, so after annealing both embeddings could be merged into one (not done here).
 
 A slot is a place in the sequence, and x_c is the token of cell c. Below are the cells
 [[0, 1], [2, 3]] in the order [2, 0, 3, 1]. The sequence begins with a start token, cls, and the
-class. These two are never permuted, because every token is to be predicted from the class.
+class. These two are never permuted, because every token is to be predicted from the class. adaLN,
+which tells each block class and slot, comes in section 2.
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (x_1 is not needed)
@@ -39,9 +42,9 @@ class. These two are never permuted, because every token is to be predicted from
     row of timesteps_...          0        1        2        3        4      (the slot, for adaLN)
     predicts                      -       x_2      x_0      x_3      x_1
 
-Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II makes both loops fast and safe:
-5 scan orders, 6 sampling with a cache, 7 training that resumes. Part III is the program around
-them: 8 settings, 9 data, 10 commands, 11 processes and files.
+Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II has 5 other scan orders than
+raster, and both loops fast and safe: 6 sampling with a cache, 7 training that can be continued.
+Part III is the program around them: 8 settings, 9 data, 10 commands, 11 processes and files.
 
 Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
 """
@@ -50,8 +53,8 @@ import math
 import os
 from functools import lru_cache
 
-# OpenMP's threads spin while they wait for each other. Beside other programs an update of 0.06 s
-# then takes 2 s, with a shorter spin 0.17 s. Only GNU's OpenMP reads this, and only before torch.
+# OpenMP's threads spin while they wait for each other. Beside other programs that makes an update
+# 30 times as slow, so they should give way sooner. OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -59,7 +62,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-
 
 # ---- Part I: RAR
 
@@ -73,7 +75,6 @@ def randomness(step, start, end):
         return 0.0
     return (end - step) / (end - start)
 
-
 def sample_orders(batch, length, r, order=None, rng=None):
     """Orders (B, T): [b, i] is the cell that comes i-th in sample b. Each row is random with
     probability r, else it is `order` (T,), by default raster."""
@@ -84,13 +85,11 @@ def sample_orders(batch, length, r, order=None, rng=None):
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, order))
 
-
 # ---- 2. The model: a causal transformer. Parameters have the names of the released weights
 
 def causal(q, k, v, dropout):
     """Attention of each slot to itself and the slots before it. All (B, H, S, D/H)."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-
 
 class Attention(nn.Module):
     """Multi-head attention. Queries and keys are normalised, which keeps large models stable."""
@@ -115,7 +114,6 @@ class Attention(nn.Module):
         x = x.transpose(1, 2).flatten(2)  # (B, S, D)
         return self.dropout(self.proj(x))
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -127,12 +125,11 @@ class MLP(nn.Module):
         x = self.dropout(F.gelu(self.fc1(x)))
         return self.dropout(self.fc2(x))
 
-
 class Block(nn.Module):
-    """A transformer block that is told class and slot by adaLN, as in DiT: a linear layer maps
-    their embeddings to six vectors, the modulation. They shift and scale what enters attention
-    and MLP, and gate what leaves them. Unlike DiT's, the norms also have weights of their own,
-    because the released models do."""
+    """A transformer block that is told class and slot by adaLN, as DiT is told class and time: a
+    linear layer maps the sum of their embeddings to six vectors, the modulation. They shift and
+    scale what enters attention and MLP, and gate what leaves them. Unlike DiT's, norm1 and norm2
+    have weights of their own, too, because those of the released models do."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,14 +141,13 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, modulation, attend=causal):
-        """(B, S, D) -> (B, S, D), under a modulation (B, S, 6D). It comes from outside, and so
-        does the function that attends, because sampling prepares both (section 6)."""
+        """(B, S, D) -> (B, S, D). The modulation (B, S, 6D) and the function that attends come
+        from outside, because sampling with a cache has other ones (section 6)."""
         (shift_attn, scale_attn, gate_attn,
          shift_mlp, scale_mlp, gate_mlp) = modulation.chunk(6, dim=-1)  # (B, S, D) each
         x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, attend)
         x = x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
         return x
-
 
 class RAR(nn.Module):
     """p(picture | class), token by token, with the sizes of a Config (section 8)."""
@@ -161,9 +157,10 @@ class RAR(nn.Module):
         self.config = config
         D, T = config.width, config.grid_size**2
 
-        # cls predicts nothing. The released models have it, so their weights fit only with it.
+        # cls comes from ViT, where a classifier reads its slot. Here nothing is read from it, but
+        # the released models were trained with it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        # One table for V tokens, one that is unused, the classes, and "no class".
+        # Rows for V tokens, then one that is unused, the classes, and "no class".
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
         # The released tables are longer than needed. Rows 0 to T + 1 of pos_embed are used, 2 to
         # T + 1 of the target-aware one, 0 to T of timesteps.
@@ -192,7 +189,7 @@ class RAR(nn.Module):
         x = torch.cat([self.prompt(labels), self.embeddings(in_order[:, :-1])], dim=1)
         x = x + self.position_embeddings(orders)  # (B, T + 1, D)
 
-        condition = self.condition(labels, 0, x.shape[1])
+        condition = self.class_and_slot(labels, 0, x.shape[1])
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
         logits = self.head(x, self.adaln_before_head.adaLN_modulation(condition))
@@ -215,8 +212,8 @@ class RAR(nn.Module):
             embeddings[:, 1:] += F.embedding(rows, self.target_aware_pos_embed[0])
         return embeddings
 
-    def condition(self, labels, start, stop):
-        """What adaLN is told in slots start .. stop - 1, class and slot: (B, stop - start, D)."""
+    def class_and_slot(self, labels, start, stop):
+        """What adaLN is told in slots start .. stop - 1: (B, stop - start, D)."""
         classes = self.embeddings(self.config.codebook_size + 1 + labels)
         # Trap: "timesteps" are slots, not steps in time.
         return classes[:, None] + self.timesteps_embeddings[:, start:stop]
@@ -226,7 +223,6 @@ class RAR(nn.Module):
         scale, shift = modulation.chunk(2, dim=-1)  # Trap: here scale comes before shift.
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         return self.lm_head(x * (1 + scale) + shift)
-
 
 def training_loss(model, tokens, labels, orders):
     """The mean cross entropy in nats, and the fraction of tokens predicted right.
@@ -238,15 +234,14 @@ def training_loss(model, tokens, labels, orders):
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.argmax(-1) == targets).float().mean()
 
-
-# ---- 3. Sampling, slowly. This loop and the next say what is right: tests hold part II to them
+# ---- 3. Sampling, slowly. Tests hold part II to this loop and to that of section 4
 
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
-    are drawn from u + g (c - u), with logits c given the class and u without it. g rises from 1 to
+    are drawn from u + g (c - u), with logits c given the class and u without it. A g above 1
+    overshoots towards the class: pictures become more typical and less varied. g goes from 1 to
     `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
-
 
 def draw(logits, temperature, uniforms):
     """Draw tokens (B,) from softmax(logits (B, V) / temperature): the first whose cumulative
@@ -255,10 +250,10 @@ def draw(logits, temperature, uniforms):
         return logits.argmax(-1)
     # Without their maximum, logits stay finite when a small temperature divides them.
     logits = logits - logits.amax(-1, keepdim=True)
-    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    cumulative = probabilities.cumsum(-1)
     # By rounding, the last sum may be below 1, so uniforms are scaled by it.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
-
 
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
@@ -270,8 +265,8 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
         # Attention is causal, so the tokens that are not drawn yet, 0, change nothing.
         logits = model(tokens, labels, orders)[:, t]  # (B, V)
 
-        # 0 and 1 switch guidance off. (By the formula 0 would be the model without class; as in
-        # the authors' code it is not.)
+        # 0 and 1 switch guidance off. (By the formula 0 would end in the model without class. As
+        # in the authors' code it does not.)
         if scale not in (0, 1):
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
@@ -280,7 +275,6 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
         token = draw(logits, temperature, uniforms[:, t])
         tokens.scatter_(1, orders[:, t:t + 1], token[:, None])
     return tokens
-
 
 # ---- 4. Training, plainly
 
@@ -291,9 +285,8 @@ def learning_rate(step, steps, warmup, peak, floor):
     progress = (step - warmup) / max(steps - warmup, 1)
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
-
 def make_optimizer(model, config):
-    """AdamW, with weight decay where the authors have it: mostly on the matrices of blocks."""
+    """AdamW, with weight decay where the authors have it: matrices of blocks, lm_head, cls."""
     decayed = dict(params=[], weight_decay=config.weight_decay)
     others = dict(params=[], weight_decay=0.0)
     for name, parameter in model.named_parameters():
@@ -303,13 +296,11 @@ def make_optimizer(model, config):
         group["params"].append(parameter)
     return torch.optim.AdamW([decayed, others], betas=config.betas, fused=True)
 
-
-@lru_cache(maxsize=2)  # A batch may lie in two epochs, and ImageNet's 12.8 million take 0.7 s.
+@lru_cache(maxsize=2)  # A batch may lie in two epochs, and 12.8 million rows take 0.7 s.
 def shuffled(count, seed, epoch):
-    """The rows as an epoch visits them. The 1 makes this another stream than that of the updates,
-    whose key is (seed, step)."""
+    """The rows as an epoch visits them."""
+    # The 1 keeps these numbers apart from those of update `epoch`, whose key is (seed, step).
     return np.random.default_rng((seed, epoch, 1)).permutation(count)
-
 
 def whole_batch(rows, config, step, rng):
     """Tokens (B, T) and labels (B,) of update `step`, of rows (N, 1 + T) that hold a class and
@@ -319,31 +310,29 @@ def whole_batch(rows, config, step, rng):
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
     labels, tokens = batch[:, 0], batch[:, 1:]
 
-    # Guidance compares with a model without class. To be one, too, the model sees some samples
-    # without theirs.
+    # Guidance needs predictions without class, too, so some samples are shown without theirs.
     labels[rng.random(B) < config.label_dropout] = config.num_classes
     return tokens, labels
-
 
 def update(model, optimizer, config, step):
     """Make update `step` from the gradients. Returns their norm and the learning rate."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    # config has the warm-up, like the annealing, as a fraction of all updates.
     lr = learning_rate(step, config.steps, config.warmup * config.steps, config.lr, config.min_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     return norm, lr
 
-
 def train_plainly(model, rows, config, order=None):
     """Train on rows (N, 1 + T), first in random orders and in the end in `order` (T,), by default
-    raster. `step` counts the updates before, from 0 on. The log counts from 1."""
+    raster. `step` counts from 0, but the log of part II from 1."""
     optimizer = make_optimizer(model, config)
-    annealing = config.anneal[0] * config.steps, config.anneal[1] * config.steps
+    start, end = config.anneal[0] * config.steps, config.anneal[1] * config.steps
     for step in tqdm(range(config.steps), "training"):
         rng = np.random.default_rng((config.seed, step))
         tokens, labels = whole_batch(rows, config, step, rng)
-        r = randomness(step, *annealing)
+        r = randomness(step, start, end)
         orders = sample_orders(*tokens.shape, r, order, rng)
 
         loss, _ = training_loss(model, tokens, labels, orders)
@@ -360,8 +349,7 @@ from pathlib import Path
 
 from tokenizer import CROPS, UserError, replacing, save_grid
 
-
-# ---- 5. Scan orders: the five others of the paper
+# ---- 5. Scan orders: the paper's five besides raster
 
 @lru_cache
 def scan_order(name, grid_size):
@@ -376,9 +364,9 @@ def scan_order(name, grid_size):
     """
     N, half = grid_size, (grid_size + 1) // 2
     grid = np.arange(N * N).reshape(N, N)
+    row, column = np.divmod(grid.flatten(), N)
     orders = {"raster": grid.flatten()}
-    rows = [row[::-1] if number % 2 else row for number, row in enumerate(grid)]
-    orders["alternate"] = np.concatenate(rows)
+    orders["alternate"] = np.concatenate([grid[i, ::(-1)**i] for i in range(N)])
 
     # Go down the left side, take it away, and turn the rest so that its next side is on the left.
     spiral, rest = [], grid.T
@@ -388,17 +376,16 @@ def scan_order(name, grid_size):
     orders |= {"spiral_in": np.array(spiral), "spiral_out": np.array(spiral[::-1])}
 
     # The first cell of each quarter, then the second of each. Trap: lexsort's last key counts most.
-    row, column = np.divmod(np.arange(N * N), N)
     orders["subsample"] = np.lexsort((column // half, row // half, column % half, row % half))
 
-    # The bits of row and column in turn: quarter by quarter, and within each likewise.
-    bits = [(number[:, None] >> np.arange(8) & 1) << 2 * np.arange(8) for number in (row, column)]
-    orders["z_curve"] = (2 * bits[0] + bits[1]).sum(1).argsort()
+    # Sorted by the binary digits of row and column in turn: quarter by quarter, and within each
+    # likewise.
+    rank = sum((row >> i & 1) << 2 * i + 1 | (column >> i & 1) << 2 * i for i in range(8))
+    orders["z_curve"] = rank.argsort()
 
     if name not in orders:
         raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
     return torch.from_numpy(orders[name])
-
 
 # ---- 6. Sampling with a cache: the same tokens, but each slot runs once
 
@@ -409,10 +396,10 @@ class Cache:
         self.slots, self.filled = slots, 0
 
     def attend(self, q, k, v, dropout):
-        """Attention of new slots to themselves and the slots before. All (B, H, S, D/H)."""
+        """Attention of new slots to themselves and to those before. All (B, H, S, D/H)."""
         first, self.filled = self.filled, self.filled + k.shape[2]
         if first == 0:
-            # Under autocast v is bfloat16, but k comes out of a norm as float32: keep it as v is.
+            # Room of v's type. Under autocast that is bfloat16, but k's float32, after its norm.
             shape = *v.shape[:2], self.slots, v.shape[3]
             self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
         self.keys[:, :, first:self.filled] = k
@@ -426,15 +413,22 @@ class Cache:
         scores = (q * q.shape[-1]**-0.5) @ keys.mT  # (B, H, 1, slots)
         return scores.softmax(-1) @ values
 
+AHEAD = 32
 
-AHEAD = 32  # slots for which adaLN runs at once
-
+def adaln_tables(model, classes, first):
+    """The modulations of each block, (C, 32, 6D), and of the head, (C, 32, 2D), for classes (C,)
+    and 32 slots from `first` on. adaLN is a third of all weights, and it needs class and slot only.
+    With 32 slots at once its weights are read 32 times less often. All 256 at once would take 14 GB
+    for 128 pictures of RAR-B, 32 take 1.7."""
+    condition = model.class_and_slot(classes, first, first + AHEAD)  # (C, 32, D)
+    tables = [block.adaLN_modulation(condition) for block in model.blocks]
+    return tables, model.adaln_before_head.adaLN_modulation(condition)
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
     """As generate_slowly, but with a cache. By default uniforms are random and orders raster.
-    known (B, T), in cell order, holds tokens that are given, or -1. The cells before them in an
-    order don't see them, so known cells should come first."""
+    To complete pictures, known (B, T), in cell order, holds tokens that are given, or -1. They are
+    draws whose result is forced. They should come first in an order, for the others to see them."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
@@ -442,37 +436,31 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     known = known.expand(B, T).gather(1, orders)
     tokens = torch.empty_like(orders)  # both in the order of drawing
 
-    # With guidance every picture is two sequences: all with their class, then all without. Those
-    # without share a row of adaLN's tables, and row_of tells each sequence its row.
+    # With guidance every picture is two sequences: first all with their class, then all without.
+    # The tables of adaLN have a row for each label, and one more for all sequences without class.
     copies = 2 if scale not in (0, 1) else 1
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
-    row_of = torch.arange(B, device=device)
-    if copies == 2:
-        row_of = torch.cat([row_of, torch.full_like(row_of, B)])  # (copies * B,)
-    position_embeddings = model.position_embeddings(orders)  # (B, T + 1, D)
+    row_of = torch.arange(copies * B, device=device).clamp(max=B)  # of each sequence
+    positions = model.position_embeddings(orders).repeat(copies, 1, 1)  # (copies * B, T + 1, D)
     caches = [Cache(T + 1) for _ in model.blocks]
 
-    x = model.prompt(classes[row_of])  # first slots 0 and 1, then a slot a turn
+    # Turn 0 runs the prompt in slots 0 and 1, and turn t the token drawn last in slot t + 1.
+    x = model.prompt(classes[row_of])  # (copies * B, 2, D)
     for t in range(T):
-        first, last = (t + 1 if t else 0), t + 1
-        x = x + position_embeddings[:, first:last + 1].repeat(copies, 1, 1)
-
-        # adaLN is a third of all weights, and it needs class and slot only. So its layers run for
-        # 32 slots at once: their weights are read 32 times less often. All 256 at once would take
-        # 14 GB for 128 pictures of RAR-B, 32 take 1.7.
+        first, last = (0, 1) if t == 0 else (t + 1, t + 1)
         if first % AHEAD == 0:
             # Let go of the old tables first, or both sets are in memory while the new are made.
             tables = table = head_table = None
-            condition = model.condition(classes, first, first + AHEAD)
-            tables = [block.adaLN_modulation(condition) for block in model.blocks]
-            head_table = model.adaln_before_head.adaLN_modulation(condition)
+            tables, head_table = adaln_tables(model, classes, first)
         slots = slice(first % AHEAD, last % AHEAD + 1)
 
+        x = x + positions[:, first:last + 1]
         for block, table, cache in zip(model.blocks, tables, caches):
             x = block(x, table[row_of, slots], cache.attend)
-        with torch.autocast(device.type, enabled=False):  # Guidance would amplify rounding.
-            modulation = head_table[row_of, slots][:, -1:].float()
-            logits = model.head(x[:, -1:].float(), modulation)[:, 0]
+        # In float32 also under autocast, because guidance would amplify rounding.
+        with torch.autocast(device.type, enabled=False):
+            modulation = head_table[row_of, slots].float()
+            logits = model.head(x.float(), modulation)[:, -1]
 
         if copies == 2:
             conditional, unconditional = logits.chunk(2)
@@ -484,15 +472,13 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         x = model.embeddings(token).repeat(copies, 1)[:, None]  # (copies * B, 1, D)
     return torch.empty_like(tokens).scatter_(1, orders, tokens)
 
-
 def image_uniforms(seed, numbers, length):
     """Uniforms (B, length) that depend only on the seed and the pictures' numbers."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
-
 def image_orders(config, numbers, known=None):
-    """The orders (B, T) of pictures. Cells whose token is known come first."""
+    """The orders (B, T) of pictures. Cells whose token is known (T,) come first."""
     T = config.grid_size**2
     if config.order == "random":
         # The first T uniforms of a picture decide its draws, the next T its order.
@@ -504,11 +490,10 @@ def image_orders(config, numbers, known=None):
         orders = orders.gather(1, is_open.argsort(dim=1, stable=True))  # 0 before 1
     return orders
 
-
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Picture i depends only on
-    labels[i], weights, settings and i. known (T,) holds tokens that all are given, or -1."""
-    device = model.cls_token.device
+    labels[i], weights, settings and i, up to rounding. known (T,) holds given tokens, or -1."""
+    device, B = model.cls_token.device, config.micro_batch
     numbers = list(range(len(labels)) if numbers is None else numbers)
 
     def draw_all(labels, uniforms, orders, known):
@@ -516,19 +501,18 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
             return generate(model, labels, config.scale, config.power, config.temperature,
                             uniforms=uniforms, orders=orders, known=known)
 
-    is_recorded = device.type == "cuda" and len(numbers) > config.micro_batch
-    for start in tqdm(range(0, len(numbers), config.micro_batch), "sampling", leave=False):
-        part = numbers[start:start + config.micro_batch]
+    is_recorded = device.type == "cuda" and len(numbers) > B
+    for start in tqdm(range(0, len(numbers), B), "sampling", leave=False):
+        part = numbers[start:start + B]
         # A recording has one size, so the last batch is filled up.
-        fill = part[-1:] * (config.micro_batch - len(part)) if is_recorded else []
-        uniforms = image_uniforms(config.seed, part + fill, config.grid_size**2)
-        orders = image_orders(config, part + fill, known)
+        full = part + part[-1:] * (B - len(part)) if is_recorded else part
+        uniforms = image_uniforms(config.seed, full, config.grid_size**2)
         given = torch.tensor(-1) if known is None else known
-        inputs = [x.to(device) for x in (labels[part + fill], uniforms, orders, given)]
+        inputs = labels[full], uniforms, image_orders(config, full, known), given
+        inputs = [x.to(device) for x in inputs]
         if is_recorded and start == 0:
             draw_all = recorded(draw_all, *inputs)
         yield torch.tensor(part), draw_all(*inputs)[:len(part)]
-
 
 def recorded(function, *inputs):
     """The function as a CUDA graph for inputs of these shapes: a GPU runs small kernels faster
@@ -546,7 +530,6 @@ def recorded(function, *inputs):
         return output.clone()
     return replay
 
-
 # ---- 7. Training: the same updates, on any number of GPUs, and a run that can be continued
 
 def draw_batch(rows, config, step, rank=0, processes=1):
@@ -558,16 +541,17 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     mine = slice(rank * config.batch // processes, (rank + 1) * config.batch // processes)
     return tokens[mine], labels[mine], orders[mine], r
 
-
 def train_step(network, optimizer, config, batch, step, autocast):
-    """Make update `step`, micro-batch by micro-batch, with a batch of draw_batch. Returns loss and
-    accuracy, gradient norm (all tensors, so that nothing waits for the GPU) and learning rate."""
+    """Make update `step`, micro-batch by micro-batch, of what draw_batch gives. Returns loss,
+    accuracy, gradient norm and learning rate, as tensors, so that nothing waits for the GPU."""
     tokens, labels, orders, _ = batch
     device = next(network.parameters()).device
     sums = torch.zeros(2, device=device)
     for start in range(0, len(tokens), config.micro_batch):
         stop = start + config.micro_batch
-        inputs = [send(x[start:stop], device) for x in (tokens, labels, orders)]
+        inputs = [x[start:stop] for x in (tokens, labels, orders)]
+        if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
+            inputs = [x.contiguous().pin_memory().to(device, non_blocking=True) for x in inputs]
         fraction = len(inputs[0]) / config.batch
         # As DDP.no_sync does it: only the last micro-batch exchanges gradients.
         network.require_backward_grad_sync = stop >= len(tokens)
@@ -579,24 +563,13 @@ def train_step(network, optimizer, config, batch, step, autocast):
 
     norm, lr = update(network, optimizer, config, step)
     optimizer.zero_grad(set_to_none=False)  # In place, because they are views of DDP's buckets.
-    loss, accuracy = sum_over_processes(sums)
-    return loss, accuracy, norm, lr
-
-
-def send(tensor, device):
-    """The tensor on the device. From pinned memory it is copied while Python goes on."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-
+    return *sum_over_processes(sums), norm, lr
 
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
     """Bits per token on rows (N, 1 + T), in the final and in random orders."""
-    rows = torch.from_numpy(rows.astype(np.int64))
+    rows, bits = torch.from_numpy(rows.astype(np.int64)), {}
     order, device = scan_order(config.order, config.grid_size), model.cls_token.device
-    model.eval()
-    bits = {}
     for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
         # For all rows at once, because orders must not depend on the micro-batch.
         orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
@@ -604,17 +577,15 @@ def evaluate(model, rows, config, autocast):
         for part in torch.arange(len(rows)).split(config.micro_batch):
             inputs = [x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
             with autocast:
-                # Not the model itself, which would be compiled once more for this.
+                # Not the model itself, or torch.compile would compile it anew.
                 loss, _ = training_loss(model.forward, *inputs)
             nats += loss.item() * len(part)
         bits[name] = nats / len(rows) / math.log(2)
     return bits
 
-
 def in_words(config, bits):
     return (f"held-out {bits['final_order_bits']:.3f} bits/token in {config.order} order, "
             f"{bits['random_order_bits']:.3f} bits/token in random order")
-
 
 def train(config, folder, tokenizer, rows, held_out, device, autocast):
     """Make the updates that the run in `folder` still lacks."""
@@ -624,8 +595,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     done, log = resume(folder, model, optimizer)
     if config.init and done == 0:
         load_init(model, config)
-
-    if config.compile:
+    if config.compile and device.type == "cuda":
         model.compile()  # in place, so parameters keep their names
     network = model
     if WORLD_SIZE > 1:
@@ -637,11 +607,10 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     with bar, noting_signals() as signals:
         for step in bar:
             batch = draw_batch(rows, config, step, RANK, WORLD_SIZE)
-            # Dropout is decided by seed, step and rank, so a run that is continued has the same.
+            # Seed, step and rank decide dropout, so it is the same in a run that is continued.
             torch.manual_seed(hash((config.seed, step, RANK)))
             model.train()
-            loss, accuracy, norm, lr = train_step(
-                network, optimizer, config, batch, step, autocast)
+            results = train_step(network, optimizer, config, batch, step, autocast)
 
             done = step + 1
             stopping = in_any_process(signals)
@@ -651,38 +620,38 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                 continue
 
             # Only from here on does Python wait for the GPU.
-            line = dict(step=done, loss=float(loss), accuracy=float(accuracy), r=batch[-1], lr=lr,
-                        gradient_norm=float(norm),
-                        passes=done * config.batch * CROPS[config.crops] / len(rows))
-            if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                raise UserError(f"update {done}: loss or gradient is NaN. The last checkpoint is "
-                                "good: run the same command with a lower --lr")
-            bar.set_postfix({name: line[name] for name in ("loss", "r", "passes")})
-            if RANK == 0 and milestone:
-                line |= evaluate(model, held_out, config, autocast)
-                bar.write(f"update {done}: {in_words(config, line)}")
-                save_preview(folder, done, model, tokenizer, config, autocast)
-            if RANK == 0 and logged:  # A stop has no line, so a continued run has the same log.
-                log.append(line)
-                write_text(folder / "log.jsonl", "".join(json.dumps(each) + "\n" for each in log))
-            if RANK == 0 and (milestone or stopping):
-                save_checkpoint(folder, done, model, optimizer, log, annealing_starts)
+            loss, accuracy, norm, lr = map(float, results)
+            if not math.isfinite(loss + norm):
+                raise UserError(f"update {done}: the loss or its gradient is not finite. Continue "
+                                "from the last checkpoint with a lower --lr")
+            passes = done * config.batch * CROPS[config.crops] / len(rows)
+            line = dict(step=done, loss=loss, accuracy=accuracy, r=batch[-1], lr=lr,
+                        gradient_norm=norm, passes=passes)
+            bar.set_postfix(loss=loss, r=batch[-1], passes=passes)
+            if RANK == 0:
+                if milestone:
+                    line |= evaluate(model.eval(), held_out, config, autocast)
+                    bar.write(f"update {done}: {in_words(config, line)}")
+                    save_preview(folder, done, model, tokenizer, config, autocast)
+                if logged:  # not when stopping, or a continued run would have another log
+                    log.append(line)
+                    text = "".join(json.dumps(each) + "\n" for each in log)
+                    write_text(folder / "log.jsonl", text)
+                if milestone or stopping:
+                    save_checkpoint(folder, done, model, optimizer, log, annealing_starts)
             if stopping:
                 wait_for_all()  # or else torchrun might end rank 0 while it saves
                 raise KeyboardInterrupt("stopped and saved: run the same command to continue")
 
-
 def save_preview(folder, done, model, tokenizer, config, autocast):
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
     batches = sample_tokens(model, labels, config, autocast)
-    images = [tokenizer.decode(tokens).cpu() for _, tokens in batches]
+    images = torch.cat([tokenizer.decode(tokens).cpu() for _, tokens in batches])
     names = config.class_names or range(config.num_classes)
-    save_grid(folder / f"step-{done:06}.png", torch.cat(images), names)
-
+    save_grid(folder / f"step-{done:06}.png", images, names)
 
 def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
-
 
 def save_checkpoint(folder, done, model, optimizer, log, annealing_starts):
     """Keep the last two, and the one where annealing starts: its model knows every order."""
@@ -694,25 +663,20 @@ def save_checkpoint(folder, done, model, optimizer, log, annealing_starts):
         if path.name != f"checkpoint-{annealing_starts:07}.pt":
             path.unlink(missing_ok=True)
 
-
 def resume(folder, model, optimizer):
     """Load the newest checkpoint, if any. Returns how many updates it has had, and its log."""
     found = checkpoints(folder)
     if not found:
         return 0, []
     state = read_tensors(found[0])
-    if "log" not in state:
-        raise UserError(f"{found[0]} is of an earlier edition: choose another --out")
     load_state(model, state["model"], found[0])
     optimizer.load_state_dict(state["optimizer"])
     if RANK == 0:  # A kill may have come between these two files.
         write_tensors(folder / "weights.pt", state["model"])
     return state["updates"], state["log"]
 
-
 # What follows holds nothing about RAR. It is the program around the two loops.
 # ---- Part III: the program
-
 import argparse
 import contextlib
 import dataclasses
@@ -725,9 +689,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-if os.name == "posix":  # Windows has no such module.
-    import fcntl
-
 import torch.distributed as dist
 from PIL import Image
 from torch.utils.mkldnn import to_mkldnn
@@ -737,9 +698,7 @@ from tokenizer import (
     encode_shards, fetch, fingerprint, import_jsonl, join_shards, known_tokens, labelled_pictures,
     load, read_ahead, read_crops, released_tokenizer, to_float, to_uint8)
 
-
 # ---- 8. Settings
-
 @dataclasses.dataclass
 class Config:
     """The settings of a run, by default RAR-B's (Tables 1, 4, 6). What has a comment is a flag."""
@@ -770,7 +729,7 @@ class Config:
     betas: tuple = (0.9, 0.96)  # AdamW's betas
     clip: float = 1.0  # largest norm of the gradients
     micro_batch: int = 64  # samples in memory at once
-    compile: bool = False  # use torch.compile, for GPUs
+    compile: bool = True  # use torch.compile on a GPU; not for tiny and small
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
     order: str = "raster"  # order of cells; a wrong name lists all
@@ -788,17 +747,21 @@ class Config:
             raise UserError("--min-lr must be from 0 to --lr")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
-
+        if self.image_size % self.grid_size:
+            raise UserError(f"--grid-size {self.grid_size} does not divide --image-size")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is negative")
 
 # The help of a flag is the comment of its field. Reading the source for it is a hack, but a second
 # list of all flags would be worse.
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
+# What may change when a run goes on. The last three concern its previews only.
 MAY_CHANGE = ("lr", "min_lr", "clip", "micro_batch", "compile", "log_every", "save_every",
-              "scale", "power", "temperature")
+              *SAMPLING[2:])
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
-                   grid_size=8, tokenizer="patch", warmup=0.05, log_every=20)
+                   grid_size=8, tokenizer="patch", warmup=0.05, log_every=20, compile=False)
 PRESETS = {  # with micro-batches for 80 GB
     "tiny": Config(**WITHOUT_GPU, crops="center", codebook_size=192, label_dropout=0.2, steps=1500,
                    batch=16, lr=4e-3, save_every=500, scale=1.65, power=0.0, temperature=0.8),
@@ -814,21 +777,20 @@ PRESETS = {  # with micro-batches for 80 GB
                       scale=8.0, power=1.2, temperature=1.02),
 }
 
-
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
-
 def read_config(folder):
-    """The Config in a run's folder, or None. What other editions have besides is left out."""
+    """The Config in a run's folder, or None."""
     path = Path(folder, "config.json")
     if path.exists():
         settings = json.loads(path.read_text())
         return Config(**{name: settings[name] for name in vars(Config()) if name in settings})
 
-
 def continued(folder, given):
     """The Config of a run that goes on. Flags that are given change it, if they may."""
+    if "log" not in read_tensors(checkpoints(folder)[0]):
+        raise UserError(f"{folder} is of an earlier edition: choose another --out")
     config = read_config(folder) or Config()
     changed = dataclasses.replace(config, **given)
     for name, old in vars(config).items():
@@ -839,35 +801,52 @@ def continued(folder, given):
             print(f"{folder}: {flag_of(name)} was {old} and is {new} from now on")
     return changed
 
+def fit_micro_batch(config, device, training):
+    """Lower the micro-batch to what fits into 85 % of the GPU's memory."""
+    if device.type == "cpu":
+        return
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in RAR(config).parameters())
+    states, slots = config.width * config.depth, config.grid_size**2 + 1
+    # Measured: bytes for each state of a sample, and four numbers of 4 bytes for each parameter.
+    fixed, each = 16 * parameters, (80 if config.compile else 105) * states * slots
+    if not training:  # CUDA graph and decoder; keys, values and adaLN of two sequences.
+        fixed = 4 * parameters + 7e7 * config.depth + 3e9
+        each = 16 * states * slots + 24 * AHEAD * states
+    memory = torch.cuda.get_device_properties(device).total_memory
+    fits = max(1, int((0.85 * memory - fixed) / each))
+    if fits < config.micro_batch:
+        print(f"--micro-batch is {fits}, because the GPU has {memory / 1e9:.0f} GB")
+        config.micro_batch = fits
 
 # ---- 9. Data
-
 def find_data(data):
     """The names of the classes, and (class, path) pairs to train on and held out, if it has any."""
     if data == "shapes":
         return tuple(SHAPES), [], []
     if data.endswith(".jsonl"):
+        Path(data).stat()  # or the system says that it is not there
         return (), [], []
     return tuple(folder.name for folder in class_folders(data)), *labelled_pictures(data)
 
-
 def evenly(items, most):
-    """At most so many items, evenly from all of them, and so from all classes."""
+    """At most so many items. They come evenly from all of them, and so from all classes."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
 
-
-def make_tokenizer(config, train):
+def make_tokenizer(config, pictures):
     """The tokenizer of a new run. "patch" is fitted to the data."""
     if config.tokenizer != "patch":
         is_released = config.tokenizer == "released"
         return load(released_tokenizer() if is_released else config.tokenizer)
-    images = draw_shapes(SHAPES_TRAIN)  # (N, 3, 32, 32)
-    if config.data != "shapes":
-        some = evenly(train, min(2000, 10**8 // (3 * config.image_size**2)))
+    if config.data == "shapes":
+        images = draw_shapes(SHAPES_TRAIN)  # (N, 3, 32, 32)
+    elif pictures:
+        some = evenly(pictures, min(2000, 10**8 // (3 * config.image_size**2)))
         images = read_crops([path for _, path in some], config.image_size)
+    else:
+        raise UserError("--tokenizer patch can't be fitted to tokens: name a file")
     return PatchTokenizer.fit(images, config.grid_size, config.codebook_size)
-
 
 def open_tokenizer(config, folder):
     """The tokenizer of the weights in a folder: its tokenizer.pt, or else the released one."""
@@ -881,12 +860,11 @@ def open_tokenizer(config, folder):
             raise UserError(f"{path} has {flag_of(name)} {found}, but the model {wanted}")
     return tokenizer
 
-
-def open_rows(config, train, held_out, tokenizer, device):
+def open_rows(config, pictures, held_out, tokenizer):
     """Rows to train on and held-out ones, uint16 (N, 1 + T): a class, then tokens in cell order."""
     if config.data == "shapes":
         images = draw_shapes(SHAPES_TRAIN + SHAPES_HELD_OUT)
-        tokens = torch.cat([tokenizer.encode(part.to(device)).cpu() for part in images.split(500)])
+        tokens = torch.cat([tokenizer.encode(part).cpu() for part in images.split(500)])
         labels = np.arange(len(images)) % len(SHAPES)
         rows = np.column_stack([labels, tokens]).astype(np.uint16)
         return rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:]
@@ -901,10 +879,10 @@ def open_rows(config, train, held_out, tokenizer, device):
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
 
-    train, held_out = evenly(train, config.photographs), evenly(held_out, 500)
-    return (encoded(train, tokenizer, config.crops, f"{source.name}-train") if train else train,
-            encoded(held_out, tokenizer, "center", f"{source.name}-held-out"))
-
+    rows, pictures = [], evenly(pictures, config.photographs)
+    if pictures:  # eval has none
+        rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
+    return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
 def encoded(pictures, tokenizer, crops, name):
     """The rows of (class, path) pairs: all crops of a picture, then those of the next. They are
@@ -912,8 +890,7 @@ def encoded(pictures, tokenizer, crops, name):
     # A file that was changed is another picture, so its size and time belong to the key.
     files = [(number, str(path), path.stat().st_size, path.stat().st_mtime_ns)
              for number, path in pictures]
-    key = fingerprint(tokenizer, crops, files)
-    path = Path(f"runs/tokens/{name}-{key}.npy")
+    path = Path(f"runs/tokens/{name}-{fingerprint(tokenizer, crops, files)}.npy")
     if in_any_process(not path.exists()):
         shards = path.with_suffix(".shards")
         encode_shards(pictures, tokenizer, crops, shards, RANK, WORLD_SIZE)
@@ -924,16 +901,12 @@ def encoded(pictures, tokenizer, crops, name):
         wait_for_all()
     return np.load(path, mmap_mode="r")
 
-
 # ---- 10. Commands
-
 def train_command(args, given, device, autocast):
-    if "data" in given:
-        given["data"] = str(Path(given["data"]))  # "photos/" is the same folder as "photos"
-    run = read_config(args.out) if args.out else None
-    data = given.get("data", run.data if run else "shapes")
+    found = read_config(args.out) if args.out else None
+    data = given.get("data", found.data if found else "shapes")
+    data = str(Path(data))  # "photos/" is the same folder as "photos"
     names, pictures, held_out = find_data(data)
-
     preset = "small"
     if data == "shapes":
         preset = "tiny"
@@ -945,21 +918,30 @@ def train_command(args, given, device, autocast):
 
     given |= dict(num_classes=len(names) or 1000, class_names=names, data=data)
     if checkpoints(folder):
+        if args.model:
+            sizes = {name: getattr(PRESETS[preset], name) for name in ("width", "depth")}
+            given = sizes | given
         config = continued(folder, given)
     else:
-        chosen = {}
+        chosen, count = {}, len(pictures)
         if data == "shapes":
-            chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
+            chosen = dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
         elif preset == "small":
-            count = len(pictures)
-            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
+            chosen = dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
             if count < 2000:  # or they would be memorised
                 chosen |= dict(crops="ten", dropout=0.2)
         config = dataclasses.replace(PRESETS[preset], **chosen | given)
     scan_order(config.order, config.grid_size)  # A wrong name is refused before the long work.
 
-    print(f"{folder}: --model {preset}, {config.num_classes} classes, {config.steps:,} updates, "
-          f"size {config.image_size}, {config.grid_size**2} tokens of {config.codebook_size}")
+    if config.batch % WORLD_SIZE:
+        raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
+    print(f"{folder}: {config.depth} blocks of width {config.width}, {config.num_classes} classes, "
+          f"{config.image_size} pixels, {config.grid_size**2} tokens of {config.codebook_size}, "
+          f"{config.steps:,} updates")
+    if config.compile and device.type == "cuda":
+        print("compiling takes a minute or more, --no-compile does without")
+    if "micro_batch" not in given:
+        fit_micro_batch(config, device, training=True)
     if preset == "small" and not args.model:
         print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores. Better pictures: "
               "more --steps, --image-size 64 --grid-size 16, or on a GPU --model RAR-B --init "
@@ -972,14 +954,16 @@ def train_command(args, given, device, autocast):
             write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         wait_for_all()
         tokenizer = open_tokenizer(config, folder).to(device)
-        rows, held_out = open_rows(config, pictures, held_out, tokenizer, device)
+        rows, held_out = open_rows(config, pictures, held_out, tokenizer)
         train(config, folder, tokenizer, rows, held_out, device, autocast)
     print(f"finished: look at {folder}/step-{config.steps:06}.png\n"
           f"next: python rar.py sample --weights {folder}")
 
-
 def sample_command(args, given, device, autocast):
     model, config, folder = load_model(args.weights, given, device)
+    if "micro_batch" not in given:
+        config.micro_batch = 64 if device.type == "cpu" else 128
+        fit_micro_batch(config, device, training=False)
     tokenizer = open_tokenizer(config, folder).to(device)
     names = config.class_names or [str(i) for i in range(config.num_classes)]
     number_of = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
@@ -990,27 +974,30 @@ def sample_command(args, given, device, autocast):
     count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
 
-    columns, before, known = [names[number] for number in classes], [], None
+    columns, before, known = [names[i] for i in classes], [], None
     if bool(args.complete) != bool(args.keep):
         raise UserError("--complete PICTURE and --keep X0 Y0 X1 Y1 need each other")
     if args.complete:
         known, before = known_tokens(args.complete, args.keep, tokenizer)
-        columns = ["picture", "kept", *[names[number] for number in labels]]
-    final = scan_order((read_config(folder) or config).order, config.grid_size)
+        columns = ["picture", "kept", *[names[i] for i in labels]]
+    final = scan_order((read_config(folder) or Config()).order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
-        print("these weights are annealed to another order: take a checkpoint from before that")
+        print("weights that are annealed to another order: take a checkpoint from before that")
 
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, precision=args.precision, weights=fingerprint(model),
         tokenizer=fingerprint(tokenizer), known=None if known is None else known.tolist())
     path = Path(args.out or folder / f"samples-{fingerprint(nn.Module(), settings, count)}.png")
-    store = folder_of_pngs(path, args.out, settings)
+    store = folder_of_pngs(path, args.out, settings, count)
     files = [store / f"{number:06}.png" for number in range(count)]
-    missing = [number for number in range(count) if not files[number].exists()]
+    # Its share first, or processes would share out what the others have made meanwhile.
+    missing = [number for number in range(count)[RANK::WORLD_SIZE] if not files[number].exists()]
 
-    if device.type == "cpu" and args.precision == "float32":
+    if args.precision == "bfloat16":
+        to_bfloat16(model)
+    elif device.type == "cpu" and torch.backends.mkldnn.is_available():
         to_mkldnn(model.blocks)  # For a few rows, oneDNN's products are faster than MKL's.
-    batches = sample_tokens(model, labels, config, autocast, missing[RANK::WORLD_SIZE], known)
+    batches = sample_tokens(model, labels, config, autocast, missing, known)
     with ThreadPoolExecutor() as pool:  # Pillow compresses while the next batch is drawn.
         jobs = []
         for numbers, tokens in batches:
@@ -1021,9 +1008,8 @@ def sample_command(args, given, device, autocast):
     wait_for_all()
 
     if RANK == 0 and path != store:
-        # Threads read them, because Pillow frees the GIL.
         pixels = np.empty((count, tokenizer.image_size, tokenizer.image_size, 3), np.uint8)
-        for i, picture in enumerate(read_ahead(files, None, purpose="packing")):
+        for i, picture in enumerate(read_ahead(files, None)):
             pixels[i] = picture.result()
         if path.suffix == ".png":
             save_grid(path, torch.stack([*before, *to_float(pixels)]), columns)
@@ -1033,29 +1019,36 @@ def sample_command(args, given, device, autocast):
         shutil.rmtree(store)
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
+def to_bfloat16(model):
+    """Store the matrices of blocks as autocast wants them: in half of the memory, and it need not
+    cast them in every batch."""
+    for layer in model.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(torch.bfloat16)
 
-def folder_of_pngs(path, out, settings):
+def folder_of_pngs(path, out, settings, count):
     """The folder for numbered PNGs, of which the grid or .npz at `path` is made in the end. Its
     settings.json says how they were made, so that the same command can continue."""
     is_folder = path.is_dir() or (out or "").endswith("/")
     store = path if is_folder else Path(f"{path}.parts")
     about, text = store / "settings.json", json.dumps(settings)
+    is_ours = about.exists() and about.read_text() == text
     if not is_folder and path.suffix not in (".png", ".npz"):
         raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder/")
-    if out and not is_folder and path.exists():
-        raise UserError(f"{path} is there already: choose another --seed or --out")
-    if any(store.glob("*.png")) and not (about.exists() and about.read_text() == text):
+    if path.suffix == ".png" and count > 5000:
+        raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder/")
+    if out and not is_folder and path.exists() and not is_ours:
+        raise UserError(f"{path} is there already: choose another --out")
+    if any(store.glob("*.png")) and not is_ours:
         raise UserError(f"{store} has pictures made with other settings: choose another --out")
     wait_for_all()  # Nobody writes before all have looked.
     if RANK == 0:
         write_text(about, text)
     return store
 
-
 def save_png(path, pixels):
     with replacing(path) as beside:
         Image.fromarray(pixels).save(beside, "PNG", compress_level=1)
-
 
 def eval_command(args, given, device, autocast):
     model, config, folder = load_model(args.weights, given, device)
@@ -1064,9 +1057,8 @@ def eval_command(args, given, device, autocast):
         raise UserError(f"--data {config.data} has {len(names)} classes, "
                         f"and the model {config.num_classes}")
     tokenizer = open_tokenizer(config, folder).to(device)
-    _, rows = open_rows(config, [], held_out, tokenizer, device)
+    _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
-
 
 def load_model(path, given, device):
     """The model at a path, its Config and folder. Sizes are read off the weights. Other settings
@@ -1083,9 +1075,9 @@ def load_model(path, given, device):
             mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
             grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} holds no weights of a RAR") from None
+        raise UserError(f"{path} holds no weights of a RAR")
     alike = [c for c in PRESETS.values() if (c.width, c.depth) == (D, sizes["depth"])]
-    config = read_config(path.parent) or [*alike, Config()][0]
+    config = read_config(path.parent) or (alike[0] if alike else Config())
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
         given = {"anneal": (1.0, 1.0)} | given  # All orders were random so far: any will do.
     with torch.device("meta"):  # Initial weights would take long.
@@ -1093,14 +1085,12 @@ def load_model(path, given, device):
     load_state(model, state, path, assign=True)
     return model.to(device, torch.float32).eval(), model.config, path.parent
 
-
 RELEASED_MODELS = {  # file and SHA-256
     "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
     "RAR-L": ("rar_l.bin", "edad8e9905e20a5df14eeee0d5d04c1be48b16a7751b4b3f4954a6dec8ad87d5"),
     "RAR-XL": ("rar_xl.bin", "7b4cec5c76f18dc7a3ea055a6b0cc4c5748c533768eed71564a88d897c762bc8"),
     "RAR-XXL": ("rar_xxl.bin", "85aba44fef7aecfd879829077e541f09da4c29da3b1fd374837601d7322bf6ff"),
 }
-
 
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
@@ -1117,7 +1107,6 @@ def find_weights(path):
         raise UserError(f"no weights file {path}: make one with python rar.py train")
     return path
 
-
 def load_init(model, config):
     """Start from the weights of --init. Embeddings of other classes start anew."""
     other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
@@ -1128,12 +1117,10 @@ def load_init(model, config):
         state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
     load_state(model, state, config.init)
 
-
 def positive(text):
     if int(text) < 1:
         raise ValueError  # of which argparse makes a line
     return int(text)
-
 
 def run(argv):
     parser = argparse.ArgumentParser(prog="rar.py")
@@ -1175,7 +1162,6 @@ def run(argv):
     with processes(device):
         args.function(args, given, device, autocast)
 
-
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a mistake, which one line explains, or 130
     for Ctrl-C."""
@@ -1198,31 +1184,29 @@ def main(argv=None):
     print(message, file=sys.stderr)
     return code
 
-
 # ---- 11. Processes and files
-
 # torchrun starts a process for each GPU, and tells it its number, its rank, by these variables.
 TOLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if TOLD else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TOLD else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TOLD else 1
-
 
 def choose_device(name, precision, on_cuda):
     """The device, the precision of matrix products, and its autocast context."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision or (on_cuda if name == "cuda" else "float32")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU")
-    if name == "cpu" and precision == "tf32":
-        raise UserError("--precision tf32 needs --device cuda")
-    local_rank = int(os.environ["LOCAL_RANK"]) if TOLD else 0
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else "cpu")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else "cpu")
+    # Older cards have no TF32, and would emulate bfloat16 slowly.
+    is_new = name == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    precision = precision or (on_cuda if is_new else "float32")
+    if precision != "float32" and not is_new and (precision, name) != ("bfloat16", "cpu"):
+        raise UserError(f"--precision {precision} needs a GPU of compute capability 8 or more")
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     # Trap: cuDNN's attention makes a plan for every length, of which there are many.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
-
 
 @contextlib.contextmanager
 def processes(device):
@@ -1242,20 +1226,16 @@ def processes(device):
             yield
     dist.destroy_process_group()  # not after an error, or the others would fail first
 
-
 def sum_over_processes(tensor):
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
 
-
 def in_any_process(flag):
     return sum_over_processes(torch.tensor(int(bool(flag)))).item() > 0
 
-
 def wait_for_all():
     in_any_process(False)
-
 
 @contextlib.contextmanager
 def noting_signals():
@@ -1267,9 +1247,8 @@ def noting_signals():
         signal.signal(number, before[number])
         tqdm.write("stopping after this update", file=sys.stderr)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP.
-        if signal.getsignal(number) not in (signal.SIG_IGN, note):  # nohup ignores it.
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
             before[number] = signal.signal(number, note)
     try:
         yield noted
@@ -1277,36 +1256,33 @@ def noting_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse a second training run in a folder, where the file system has locks."""
+    """Refuse a second training run in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         try:
-            if RANK == 0 and os.name == "posix":
+            import fcntl  # which Windows has not
+            if RANK == 0:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another training run: wait, or choose "
-                            "another --out") from None
-        except OSError:
-            pass  # a file system without locks
+                            "another --out")
+        except (ImportError, OSError):
+            pass  # Nor have some file systems such locks.
         wait_for_all()
         yield
 
+def write_text(path, text):
+    with replacing(path) as beside:
+        beside.write_text(text)
 
 def write_tensors(path, tensors):
     with replacing(path) as beside, open(beside, "wb") as file:
         try:
             torch.save(tensors, file)
         except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
-
-
-def write_text(path, text):
-    with replacing(path) as beside:
-        beside.write_text(text)
-
+            raise OSError(f"cannot write {path}: {error.__context__ or error}")
 
 def read_tensors(path):
     """The dictionary that torch.save wrote to a file. Nothing in it is executed."""
@@ -1315,8 +1291,7 @@ def read_tensors(path):
     except OSError:
         raise
     except Exception:  # torch has a dozen kinds for a damaged file.
-        raise UserError(f"{path} holds no tensors by torch.save, or is damaged") from None
-
+        raise UserError(f"{path} holds no tensors by torch.save, or is damaged")
 
 def load_state(model, state, path, assign=False):
     """Copy a state dict into a model, or assign it. Names and shapes must agree."""
@@ -1324,8 +1299,7 @@ def load_state(model, state, path, assign=False):
         model.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         first = str(error).split("\n")[1].strip()
-        raise UserError(f"{path} does not fit the model: {first}") from None
-
+        raise UserError(f"{path} does not fit the model: {first}")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -989,47 +989,56 @@ def test_two_processes_and_then_one(photographs):
 
 # ---- fid.py
 
-CPU = torch.device("cpu")
-fid_refused = functools.partial(refused, main=fid.main, last_line=True)
-
 def scores_of(*arguments):
-    works(*arguments, "--json", "scores.json", "--device", "cpu", main=fid.main)
+    fid.main([*arguments, "--json", "scores.json", "--device", "cpu"])
     return json.loads(Path("scores.json").read_text())
+
+def refused_by_fid(*arguments):
+    """Run fid.py on a mistake. Returns the one line that it ends with."""
+    with pytest.raises(SystemExit) as refusal:
+        fid.main([*arguments, "--device", "cpu"])
+    assert len(str(refusal.value).splitlines()) == 1
+    return str(refusal.value)
 
 @pytest.mark.filterwarnings("error")
 def test_frechet_distance():
     # of 2x2 the root has the trace sqrt(tr S1 S2 + 2 sqrt(det S1 S2)) = sqrt(8 + 6)
     a, b, u = np.array([[2.0, 1], [1, 2]]), np.diag([1.0, 3]), np.eye(4)[0]
     low_rank = np.random.default_rng(0).normal(size=(10, 5, 30))
-    for *arrays, expected in [
-            ([0, 4], a, [3, 0], b, 3**2 + 4**2 + 4 + 4 - 2 * 14**0.5),
-            (u, np.outer(u, u), u, np.full((4, 4), 9 / 4), 1 + 9 - 2 * 3 * 0.5),  # rank 1
-            *[(x[0], np.cov(x.T), x[0], np.cov(x.T), 0) for x in low_rank]]:
+    cases = [([0, 4], a, [3, 0], b, 3**2 + 4**2 + 4 + 4 - 2 * 14**0.5),
+             (u, np.outer(u, u), u, np.full((4, 4), 9 / 4), 1 + 9 - 2 * 3 * 0.5),  # rank 1
+             *[(x[0], np.cov(x.T), x[0], np.cov(x.T), 0) for x in low_rank]]
+    for *arrays, expected in cases:
         distance = fid.frechet_distance(*map(np.array, arrays))
-        assert distance == pytest.approx(expected, rel=1e-9, abs=1e-6) and distance >= 0
+        assert distance == pytest.approx(float(expected), rel=1e-7, abs=1e-6) and distance >= 0
+    with pytest.raises(ValueError, match="negative eigenvalues"):
+        fid.frechet_distance(u[:2], a - 2, u[:2], b)
 
 def test_moments():
-    x = 1e6 + np.random.default_rng(0).normal(size=(50, 70))
-    moments = fid.Moments()
-    for part in torch.from_numpy(x).split([1, 20, 29]):
+    x, moments = 100 + torch.randn(50, 70), fid.Moments()
+    for part in x.split([1, 20, 29]):
         moments.add(part)
     mean, covariance = moments.result()
-    assert mean == pytest.approx(x.mean(0), rel=1e-14)
-    assert np.abs(covariance - np.cov(x.T)).max() < 1e-8
+    assert np.abs(mean - x.double().mean(0).numpy()).max() < 1e-12
+    assert np.abs(covariance - np.cov(x.double().T)).max() < 1e-10
 
 def test_precision_recall():
     torch.manual_seed(0)
     a, b = torch.randn(150, 40), 1.1 * torch.randn(90, 40) + 0.1
-    a[:20], b[4:9] = b[:20], b[4]  # twins of the other set, and of the own one: radius 0
     expected = []
     for points, centres in ((a.double(), b.double()), (b.double(), a.double())):
         distances, others = (((x[:, None] - centres)**2).sum(-1) for x in (points, centres))
         radii = others.sort(1).values[:, 3]
         expected.append((distances <= radii).any(1).double().mean().item())
-    grid = fid.on_grid(a, b)[0]
-    assert torch.equal(grid, grid.round()) and grid.abs().max() > 2**20
-    for block in (1, 7, 90):
+    for block in (7, 1024):
         assert fid.precision_recall(a, b, block=block) == pytest.approx(expected, abs=1e-12)
+
+    # Six equal points have balls of radius 0. Their borders take in copies, however they round.
+    points = 10 * torch.randn(40, 64).repeat(6, 1)
+    for block in (7, 37):
+        samples, reference = points[torch.randperm(240)], points[torch.randperm(240)]
+        assert fid.precision_recall(samples, reference, block=block) == [1, 1]
+        assert fid.precision_recall(samples + 0.001, reference, block=block) == [0, 0]
 
 def test_resize_is_tensorflows():
     # outputs lie at 0, 2/299, ...; from input 1 on there is nothing to blend in
@@ -1037,148 +1046,155 @@ def test_resize_is_tensorflows():
     expected = 10 + 30 * (torch.arange(299) * 2 / 299).clamp(max=1)
     assert torch.allclose(ramp, expected.expand(299, 299), rtol=1e-6)
     assert fid.resize(torch.arange(598.0).expand(1, 1, 5, 598))[0, 0, 2, 7] == 14  # not smoothed
+    assert fid.resize(torch.ones(2, 3, 9, 8)).stride(1) == 1  # channels last: fast
 
 @pytest.fixture
-def cheap(workplace, monkeypatch):
+def cheap(tmp_path, monkeypatch):
     """In place of Inception a fixed map, and pictures a and b."""
-    def cheap(pixels):
-        cheap.batches.append(len(pixels))
+    def inception(pixels, weights):
         images = F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2) / 255, 4)
-        return cheap.fc(images.flatten(1)).split([64, 32, 1008], 1)
+        return (images.flatten(1) @ weights).split([64, 32, 1008], 1)
 
     torch.manual_seed(0)
-    cheap.batches, cheap.fc = [], torch.nn.Linear(48, 64 + 32 + 1008).requires_grad_(False)
-    monkeypatch.setattr(fid, "load_inception", lambda path, device: cheap)
-    monkeypatch.setattr(fid, "KINDS", {"pool": ("mu", "sigma", 64),
-                                       "spatial": ("mu_s", "sigma_s", 32)})
-    for name, end in (("a", 256), ("b", 254)):
+    weights = torch.randn(48, 64 + 32 + 1008) / 7
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "inception", inception)
+    monkeypatch.setattr(fid, "load_weights", lambda *_: weights)
+    shapes = {"mu": (64,), "sigma": (64, 64), "mu_s": (32,), "sigma_s": (32, 32)}
+    monkeypatch.setattr(fid, "EXPECTED", {"arr_0": "uint8"} | shapes)
+    for name, end, version in (("a", 256, (3, 0)), ("b", 254, (2, 0))):
         cells = np.random.default_rng(end).integers(0, end, (40, 4, 4, 3)).astype(np.uint8)
         pictures = cells.repeat(16, axis=1).repeat(16, axis=2)
-        np.savez(name, pictures, np.arange(40))  # ADM's files hold labels, too: arr_1
-        np.savez_compressed(f"{name}-small", pictures)
-        np.save(name, pictures)
-        Path(name).mkdir()
+        save = np.savez_compressed if name == "a" else np.savez
+        save(name, pictures, np.arange(40))  # ADM's files hold labels, too: arr_1
+        with open(f"{name}.npy", "wb") as file:
+            np.lib.format.write_array(file, pictures, version)
+        Path(name, "deep").mkdir(parents=True)
         for i, pixels in enumerate(pictures):
-            Image.fromarray(pixels).resize((128, 128), 0).save(f"{name}/{i:02}.png")
-    return cheap
+            file = f"{name}/deep/{i}.png" if i > 20 else f"{name}/{i:02}.png"
+            Image.fromarray(pixels).resize((128, 128), 0).save(file)
+    os.symlink("..", "a/deep/up")  # leads around in circles
+    return lambda path: inception(torch.from_numpy(np.load(path)), weights)
 
 def test_inputs_of_fid(cheap, capsys):
-    works("b.npz", "--save-stats", "stats.npz", main=fid.main)
-    assert "no fid, sfid, precision, recall: there is no reference" in capsys.readouterr().out
+    fid.main(["b.npz", "--save-stats", "stats.npz", "--device", "cpu"])
     stats = dict(np.load("stats.npz"))
     np.savez("adm.npz", np.load("b.npy")[:20], **stats)
     np.savez("pool.npz", mu=stats["mu"], sigma=stats["sigma"])
 
-    a, b = (cheap(torch.from_numpy(np.load(file))) for file in ("a.npy", "b.npy"))
+    a, b = cheap("a.npy"), cheap("b.npy")
+    assert np.array_equal(fid.read_folder(Path("a"))[:, ::2, ::2], np.load("a.npy"))  # sorted
     expected = {"is": fid.inception_score(a[2])}
     for i, name in enumerate(("fid", "sfid")):
         one, two = ((x.numpy().mean(0), np.cov(x.T)) for x in (a[i], b[i]))
         expected[name] = fid.frechet_distance(*one, *two)
     expected["precision"], expected["recall"] = fid.precision_recall(a[0], b[0])
-    for line in """a.npz b.npz | 80 | | 64x64 and not the usual 256x256
-a-small.npz b.npy | 80 | | fewer than the 2,048 features
-a b --crop 64 | 80 | | 64x64
-a.npy b-small.npz --batch 7 | 80 | |
-a.npz adm.npz --metrics is,fid | 40 | sfid precision recall |
-a.npz adm.npz | 60 | precision recall | adm.npz: 20 pictures
-stats.npz stats.npz --metrics fid,sfid | 0 | fid sfid is precision recall | of 40 pictures
-a.npz stats.npz | 40 | precision recall | no precision, recall: stats.npz holds no pictures
-a.npz pool.npz | 40 | sfid precision recall | no sfid, precision, recall: pool.npz""".splitlines():
-        arguments, looked_at, others, said = map(str.strip, line.split("|"))
-        cheap.batches.clear()  # no picture is looked at that is not needed
-        scores, printed = scores_of(*arguments.split()), capsys.readouterr().out
-        assert sum(cheap.batches) == int(looked_at) and said in printed
-        assert ("no " in printed) == said.startswith("no ")
+    for line in """a.npz b.npz --batch 7 | | fewer than 2,048
+a b | | Class after class
+a.npy b | | differ in size
+a.npz adm.npz | -precision -recall |
+a.npz stats.npz | precision recall | precision   needs pictures
+a.npz pool.npz | sfid precision recall | sfid        needs pictures
+stats.npz stats.npz | is precision recall -fid -sfid | is          needs pictures
+a.npy | fid sfid precision recall | recall      needs a reference""".splitlines():
+        arguments, others, said = line.split("|")  # a minus means another score, and not none
+        scores, printed = scores_of(*arguments.split()), capsys.readouterr()
+        assert said.strip() in printed.out and (line[0] == "s" or line.split()[0] in printed.err)
+        for hint in ("Class", "differ"):
+            assert (hint in printed.out) == (hint in said)
         for name, value in expected.items():
-            is_same = scores[name] == pytest.approx(value, rel=1e-4)
-            assert is_same == (name not in others.split())
-        assert "7" not in arguments or cheap.batches == 2 * [7, 7, 7, 7, 7, 5]
+            if name in others.split():
+                assert scores[name] is None
+            else:
+                is_same = scores[name] == pytest.approx(value, rel=1e-4)
+                assert is_same == (f"-{name}" not in others.split())
+    assert not list(Path().glob("*.part"))
 
-    paint("b/3.png")
-    assert "b/00.png is 128x128, but b/3.png 70x80: cut" in fid_refused(["b"], capsys)
-    Path("b/3.png").write_text("broken")
-    assert "b/3.png: not a picture" in fid_refused(["b", "--crop", "64"], capsys)
-
-def test_inception_score(cheap, capsys):
+def test_inception_score(cheap):
     pictures = np.zeros((5010, 4, 4, 3), np.uint8)
     pictures[::2], pictures[5000:] = 255, 90
     np.save("some.npy", pictures)
-    p = cheap(torch.from_numpy(pictures))[2].double().softmax(1)
+    p = cheap("some.npy")[2].double().softmax(1)
     parts = [(x * (x / x.mean(0)).log()).sum(1).mean().exp().item() for x in p.split(5000)]
-    expected = pytest.approx(sum(parts) / 2, rel=1e-6)
     for batch in ("64", "5005"):
-        assert scores_of("some.npy", "--batch", batch)["is"] == expected
-    cheap.fc.bias[-1] = math.nan
-    assert "some.npy: Inception's outputs are not finite" in fid_refused(["some.npy"], capsys)
+        scores = scores_of("some.npy", "--batch", batch)
+        assert scores["is"] == pytest.approx(sum(parts) / 2, rel=1e-6)
 
-def test_mistakes_with_fid(cheap, capsys):
-    pictures = np.load("a.npy")
+def test_mistakes_with_fid(cheap):
+    pictures, mu, sigma = np.load("a.npy"), np.zeros(64), np.eye(64)
     np.save("float", pictures / 255)
     np.save("first", pictures.reshape(40, 3, 64, 64))
-    np.save("fortran", np.asfortranarray(pictures))
+    np.save("fields", np.zeros(9, [("red", "u1")]))
     np.savez("three", pictures[:3])
     np.savez("others", images=pictures)
-    np.savez("stats", mu=np.zeros(64), sigma=np.eye(64))
-    np.savez("width", mu=np.zeros(768))
-    np.savez("objects", mu=np.array([None] * 64))
-    np.savez("nan", mu=np.full(64, math.nan))
-    for file in ("a-small.npz", "stats.npz"):
-        content = bytearray(Path(file).read_bytes())
-        content[300] ^= 1  # amid the first array
-        Path(f"spoilt-{file}").write_bytes(content)
+    for name, arrays in {"width": (mu[:9], sigma), "nan": (mu * math.nan, sigma), "alone": (mu,),
+                         "skewed": (mu, np.tri(64)), "negative": (mu, 2 - sigma)}.items():
+        np.savez(name, **dict(zip(("mu", "sigma"), arrays)))
     Path("half.npz").write_bytes(Path("a.npz").read_bytes()[:300])
     Path("half.npy").write_bytes(Path("a.npy").read_bytes()[:-20])
+    Path("empty").mkdir()
+    for folder in ("odd", "broken"):
+        shutil.copytree("b", folder)
+    Image.new("RGB", (70, 80)).save("odd/deep/39.png")
+    Path("broken/07.png").write_bytes(Path("b/07.png").read_bytes()[:90])
     before = set(os.listdir())
-    for arguments, named in cases("""
-float.npy | it holds float64
-first.npy | channels first
-fortran.npy | Fortran
-others.npz | nor statistics (mu, sigma), but ['im
-three.npz | at least 4 pictures
-missing | nor a folder
-half.npz | neither a whole .npz file
-half.npy | 491,500 bytes
-spoilt-a-small.npz | Bad CRC-32
-a width.npz | mu is (768,)
-a nan.npz | mu holds NaN
-a objects.npz | Object arrays
-a spoilt-stats.npz | Bad CRC-32
-stats.npz | no is: stats.npz holds no pictures
-a stats.npz --metrics fid,recall | no recall: stats.npz
-a --metrics speed | choose from
-a.npy --crop 8 | for folders
-a --batch 0 | from 1 to
-a.npy --save-stats a.npy | is there already
-a --json b | is there already
-a --save-stats no/a.npz | no is not a folder
-stats.npz stats.npz --save-stats x.npz | --save-stats: stats.npz"""):
-        error = fid_refused(arguments, capsys)
-        assert named in error and (len(arguments) > 2 or arguments[-1] in error)
+    for line in """float.npy | float64
+first.npy | (40, 3, 64, 64)
+fields.npy | red
+three.npz | (3, 64, 64, 3)
+others.npz | neither arr_0 nor mu, but ['images']
+missing | No such file
+half.npz | not a zip file
+half.npy | greater than file size
+empty | no pictures
+odd | odd/deep/39.png is (80, 70, 3), but odd/00.png
+broken | broken/07.png
+a width.npz | mu is float64 (9,)
+a nan.npz | without NaN
+a skewed.npz | symmetric
+a negative.npz | negative eigenvalues
+a alone.npz | sigma
+a --save-stats ./a | is an input
+a.npz a.npy --json ./a.npy | is an input
+a --save-stats no/a.npz | can't be written""".splitlines():
+        arguments, named = line.split(" | ")
+        error = refused_by_fid(*arguments.split())
+        assert named in error and Path(arguments.split()[-1]).name in error
     assert set(os.listdir()) == before
 
-def test_inceptions_weights(workplace, monkeypatch):
-    """The published file is in torch's old format; no other such file is read."""
-    monkeypatch.setattr(fid, "Inception", lambda: fid.Conv(3, 8, 3))
-    state = fid.Inception().state_dict()
-    torch.save(state, "old", _use_new_zipfile_serialization=False)
-    tok.write_tensors("wrong", state | {"bn.bias": torch.zeros(9)})
-    for file, named in [("old", "is not a PyTorch file"), ("wrong", "does not fit .*: bn.bias")]:
-        with pytest.raises(tok.UserError, match=f"{file} {named}"):
-            fid.load_inception(file, CPU)
-    assert fid.SHA256[:8] in fid.URL
-    monkeypatch.setattr(fid, "SHA256", hashlib.sha256(Path("old").read_bytes()).hexdigest())
-    monkeypatch.setattr(tok, "fetch", lambda *source: source == (fid.URL, fid.SHA256) and "old")
-    network = fid.load_inception(None, CPU)
-    assert not network.training
-    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    Path.cwd().chmod(0o755)
+    Path("b/deep").chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        assert "Permission denied: 'b/deep'" in refused_by_fid("a.npy", "b")
+    finally:
+        os.seteuid(user)
+        Path("b/deep").chmod(0o755)
 
-def test_inception(workplace):
-    """Of weights and pictures in closed form."""
-    with torch.device("meta"):
-        state = fid.Inception().state_dict()
-    shapes = {name: state[name].shape for name in sorted(state) if "num_batches" not in name}
-    assert tok.digest(*shapes)[:12] == "47109c56070a"
-    for i, (name, shape) in enumerate(shapes.items()):
+def closed_form_inception(monkeypatch):
+    """Inception's weights. Its convolutions have these widths and kernels, in turn."""
+    fives, sixes, seven = "64:11 48:11 64:55 64:11 96:33 96:33 {0}:11 ", (
+        "192:11 {0}:11 {0}:17 192:71 {0}:11 {0}:71 {0}:17 {0}:71 192:17 192:11 "), (
+        "384:11 448:11 384:33 320:11 384:13 384:31 384:13 384:31 192:11 ")
+    convs = iter(("32:33 32:33 64:33 80:11 192:33 " + "".join(map(fives.format, (32, 64, 64)))
+                  + "384:33 64:11 96:33 96:33 " + "".join(map(sixes.format, (128, 160, 160, 192)))
+                  + "192:11 320:33 192:11 192:17 192:71 192:33 " + 2 * seven).split())
+    weights = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+
+    def noting(x, w, name, *how, conv=fid.conv, **more):
+        width, kernel = next(convs).split(":")
+        w[f"{name}.conv.weight"] = torch.zeros(int(width), x.shape[1], *map(int, kernel))
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            w[f"{name}.bn.{part}"] = torch.zeros(int(width))
+        return conv(x, w, name, *how, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "conv", noting)
+        fid.inception(torch.zeros(1, 9, 9, 3), weights)
+    assert hashlib.sha256("".join(sorted(weights)).encode()).hexdigest()[:12] == "47109c56070a"
+    for i, name in enumerate(sorted(weights)):
+        shape = weights[name].shape
         m = np.arange(shape.numel()) + 7919 * (i + 1)
         v = np.sqrt(2) * np.sin(2 * np.pi * (m * m % 999983 * m % 999983) / 999983).reshape(shape)
         if len(shape) > 1:
@@ -1187,23 +1203,46 @@ def test_inception(workplace):
         else:
             v *= 2 if name == "fc.bias" else 0.2
             v += name.endswith(("bn.weight", "var")) - 0.2 * name.endswith("bn.bias")
-        state[name] = torch.from_numpy(v.astype(np.float32))
-    tok.write_tensors("weights", {name: state[name] for name in shapes})
+        weights[name] = torch.from_numpy(v.astype(np.float32))
+    return weights
 
+def test_inception(tmp_path, monkeypatch):
+    """Of weights and pictures in closed form, in a file of torch's old format, as published."""
+    monkeypatch.chdir(tmp_path)
+    state = closed_form_inception(monkeypatch)
+    torch.save(state, "weights", _use_new_zipfile_serialization=False)
     n = np.arange(8).reshape(8, 1, 1, 1)
     y, x, c = np.ogrid[:256, :256, :3]
     t = x * (1 + n % 5) + y * (1 + n // 5) + (x * y * (n % 3) >> 6)
     t = t + ((x - 128)**2 + (y - 16 * n)**2) * (n % 4) // 64
     t = (t + 61 * n + 85 * c * (1 + n % 2)) % 510
     pictures = np.minimum(t, 510 - t).astype(np.uint8)
-    outputs = fid.load_inception("weights", CPU)(torch.from_numpy(pictures))
-    assert [x.shape[1] for x in outputs[:2]] == [width for _, _, width in fid.KINDS.values()]
+    weights = fid.load_weights(Path("weights"), "cpu")
+    outputs = fid.inception(torch.from_numpy(pictures), weights)
+    assert [x.shape[1] for x in outputs] == [2048, 2023, 1008]
     rising = [(x * torch.arange(x.shape[1])).mean().item() for x in outputs]
     assert rising == pytest.approx([209.31677, 323.50235, -29.386982], rel=1e-5)
+    if GOLDEN.exists():
+        features = np.load(GOLDEN / "fid/features8.npz")
+        theirs = [features[f"synth8__tf64__{x}"] for x in ("pool", "spatial", "logits_unbiased")]
+        assert all(np.allclose(x, y, rtol=0, atol=2e-5 * y.max()) for x, y in zip(outputs, theirs))
     np.save("some.npy", pictures)
     assert scores_of("some.npy", "--weights", "weights")["is"] == pytest.approx(1.428117, abs=1e-5)
     assert not torch.backends.cudnn.allow_tf32
-    assert torch.get_float32_matmul_precision() == "highest"
+
+    for content in (state | {"Mixed_6b.branch1x1.bn.bias": torch.zeros(9)}, [1],
+                    state | {"fc.weight": torch.zeros(1000, 2048)}):  # as torchvision's
+        torch.save(content, "wrong")
+        assert "weights, wrong" in refused_by_fid("some.npy", "--weights", "wrong")
+
+    def fetch(*source, hash_prefix):
+        assert source[0] == fid.URL and fid.SHA256 == hash_prefix
+        shutil.move("weights", source[1])  # so it can be fetched once only
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    for _ in range(2):
+        assert fid.load_weights(None, "cpu").keys() == state.keys()
 
 # ---- Nothing lost
 

@@ -1,15 +1,17 @@
 """Draws claim_bits.png and claim_when.png from claim.json, and prints the tables of claim.md.
 
-    python .github/claim_figures.py        a second
+    python .github/claim_figures.py [FOLDER]        a second; the pictures go to .github or FOLDER
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
+OUT = Path(sys.argv[1]) if sys.argv[1:] else HERE
 RESULTS = json.loads((HERE / "claim.json").read_text())
 SCHEDULES = {"raster": ("0-0", "#c0392b"), "annealed": ("0.5-0.75", "#1f5fa8"),
              "always random": ("1-1", "#7f7f7f")}
@@ -39,7 +41,7 @@ class Sheet:
 
     def save(self, name):
         size = (self.image.width // ZOOM, self.image.height // ZOOM)
-        self.image.resize(size, Image.LANCZOS).save(HERE / name, optimize=True)
+        self.image.resize(size, Image.LANCZOS).save(OUT / name, optimize=True)
 
 
 def runs(regime, pair, *flags):

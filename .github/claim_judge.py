@@ -1,23 +1,22 @@
-"""What claim.py judges samples with: a small classifier of photographs, trained on real ones.
+"""What claim.py and photos.py judge samples with: a small classifier, trained on photographs.
 
-Its features are those of the Frechet distance. The photographs that the models of many passes learn
-from are not among its own, so copies of them gain nothing here.
+Accuracy is the share of pictures that it puts into their class. Distance is the Frechet distance
+of its features of the pictures to those of photographs. Neither is the paper's FID.
 """
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import tokenizer as tok
+from tokenizer import read_crops
 
 
 class Judge(nn.Module):
-    """A small classifier of photographs. Its features (N, 128) are also what distances are of."""
-
     def __init__(self, classes):
         super().__init__()
         widths = (3, 32, 64, 128, 128)
@@ -29,9 +28,9 @@ class Judge(nn.Module):
     def forward(self, images):
         return self.head(self.body(images))
 
-    def learn(self, images, again, labels, passes=15):
-        """From pictures, half of the time as the tokenizer gives them back, mirrored half of the
-        time, moved by up to 3 pixels."""
+    def learn(self, images, softer, labels, passes):
+        """Learn from pictures. Half of the time they are as in `softer`, because samples are as
+        soft. Half of the time they are mirrored, and all are moved by up to 3 pixels."""
         torch.manual_seed(0)
         optimizer = torch.optim.AdamW(self.parameters(), weight_decay=0.05)
         steps = passes * -(-len(images) // 64)
@@ -39,8 +38,8 @@ class Judge(nn.Module):
         for _ in range(passes):
             for part in torch.randperm(len(images)).split(64):
                 dx, dy = torch.randint(-3, 4, (2,)).tolist()
-                coins = torch.rand(2, len(part), 1, 1, 1) < 0.5
-                x = torch.where(coins[0], images[part], again[part])
+                coins = (torch.rand(2, len(part), 1, 1, 1) < 0.5).to(images.device)
+                x = torch.where(coins[0], images[part], softer[part])
                 x = torch.where(coins[1], x, x.flip(3))
                 loss = F.cross_entropy(self(x.roll((dy, dx), (2, 3))), labels[part],
                                        label_smoothing=0.1)
@@ -48,32 +47,23 @@ class Judge(nn.Module):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+        return self.eval()
 
     @torch.no_grad()
     def score(self, images, labels, reference):
-        """The share of pictures that is put into its class, and the Frechet distance of their
-        features to those of a reference."""
-        a, b = (torch.cat([self.body(part) for part in x.split(250)]).double()
-                for x in (images, reference))
-        right = (self.head(a.float()).argmax(1) == labels).double().mean().item()
+        """Accuracy of images, and their distance to those of a reference."""
+        a, b = (torch.cat([self.body(part) for part in x.split(250)]) for x in (images, reference))
+        right = (self.head(a).argmax(1) == labels).double().mean().item()
+        a, b = a.double().cpu(), b.double().cpu()
         roots = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt()
         distance = ((a.mean(0) - b.mean(0))**2).sum() + a.T.cov().trace() + b.T.cov().trace()
         return {"accuracy": right, "distance": (distance - 2 * roots.sum()).item()}
 
 
-def photographs(pictures):
-    return (tok.crop_images([file for _, file in pictures], 32),
-            torch.tensor([c for c, _ in pictures]))
-
-
-def train_judge(source, few, tokenizer, path):
-    """A classifier that learned from the training photographs but the first `few` of each class."""
-    pictures = [(c, file) for c, each in enumerate(tok.class_folders(source))
-                for file in tok.pictures_in(each)[few:]]
-    images, labels = photographs(pictures)
-    judge = Judge(int(labels.max()) + 1)
-    judge.learn(images, again(tokenizer, images), labels)
-    tok.write_tensors(path, judge.state_dict())
+def photographs(pictures, device="cpu"):
+    """Images (N, 3, 32, 32) and labels (N,) of (class, path) pairs."""
+    labels = torch.tensor([number for number, _ in pictures])
+    return read_crops([path for _, path in pictures], 32).to(device), labels.to(device)
 
 
 def again(tokenizer, images):
@@ -81,8 +71,8 @@ def again(tokenizer, images):
     return torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images.split(250)])
 
 
-def load_judge(source, path):
-    """The classifier, and the held-out photographs and their labels."""
-    judge = Judge(len(tok.class_names(source)))
-    judge.load_state_dict(tok.read_tensors(path))
-    return judge.eval(), *photographs(tok.labelled_pictures(source)[1])
+def nearest_share(tokens, rows):
+    """The mean share of tokens (N, T) that are also in the nearest of rows (M, 1 + T)."""
+    parts = np.array_split(np.asarray(tokens, np.uint16), max(1, len(tokens) // 10))
+    shares = [(part[:, None] == rows[:, 1:]).mean(2).max(1) for part in parts]
+    return float(np.concatenate(shares).mean())

@@ -1,4 +1,6 @@
-"""Draws the README's figure of the idea: python .github/idea.py, in a second.
+"""Draws the README's figure of the idea, idea.png.
+
+    python .github/idea.py [FOLDER]        seconds; the picture goes to .github or FOLDER
 
 Above, r over training, and the orders that rar.py draws at four moments of it, as paths through
 4x4 cells. Below, the sequence of a picture of 2x2 cells in the order [2, 0, 3, 1].
@@ -11,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
+OUT = Path(sys.argv[1]) if sys.argv[1:] else HERE
 sys.path.insert(0, str(HERE.parent))
 from rar import randomness, sample_orders  # noqa: E402
 
@@ -83,4 +86,4 @@ for x, mine, nxt in zip(columns, own, following):
     box(x, 455, name)
     if mine is not None:
         box(x, 493, f"cell {mine}", GREY, width=84, height=26)
-sheet.resize((1000, 560), Image.LANCZOS).quantize(64).save(HERE / "idea.png", optimize=True)
+sheet.resize((1000, 560), Image.LANCZOS).quantize(64).save(OUT / "idea.png", optimize=True)

@@ -1,308 +1,225 @@
-"""Measures a machine: does the fast path work there, how fast is it, how near the limit?
+"""Measures on a GPU what nobody has measured yet, the most important first.
 
-    python .github/measure.py --out DIR             all seven parts, at most ten minutes each
-    python .github/measure.py --out DIR --tiny      all tiny: a minute on a CPU
-    python .github/measure.py --out DIR --parts 4 5 --authors CLONE --pairs 5
+    python .github/measure.py --out DIR                 ten minutes, or --minutes
+    python .github/measure.py --out DIR --only claim    steps that begin so
+    python .github/measure.py --out DIR --tiny          try it, on a CPU, too
 
-The last one times bytedance/1d-tokenizer at 942a96f and ours in turn. Figures go to
-DIR/figures.jsonl, medians to DIR/summary.txt. On a CPU all but tests and part 4 is tiny.
+Each step is a process. First come those that time nothing, side by side. A figure goes to
+DIR/figures.jsonl and DIR/summary.txt at once. --authors is a clone of their code to time, too,
+--data are photographs to learn, --golden are the golden files of fid.py.
 """
 
 import argparse
 import dataclasses
-import gc
 import json
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from authors import authors_model
+from torch import distributed, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import fid  # noqa: E402
-import rar  # noqa: E402
-import tokenizer as tok  # noqa: E402
+import fid
+import rar
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--out", type=Path, required=True)
-parser.add_argument("--parts", type=int, nargs="+", choices=range(1, 8), default=range(1, 8))
 parser.add_argument("--tiny", action="store_true")
-parser.add_argument("--authors")
-parser.add_argument("--pairs", type=int, default=1)
-parser.add_argument("--data")
-parser.add_argument("--part", type=int, default=0)
+parser.add_argument("--minutes", type=float, default=10)
+for name in ("out", "only", "step", "authors", "data", "golden"):  # step is for its own use
+    parser.add_argument(f"--{name}", default="")
 ARGS = parser.parse_args()
-
-CUDA = torch.cuda.is_available()
+TINY, CUDA, OUT = ARGS.tiny, torch.cuda.is_available(), Path(ARGS.out)
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-PRECISIONS = ["bfloat16", "tf32"] if CUDA else ["float32"]
-SMALL = ARGS.tiny or not CUDA
-FIGURES = ARGS.out.resolve() / "figures.jsonl"
+BACKEND = "inductor" if CUDA else "eager"  # which compiles nothing, so a CPU need not wait
 
-def figure(name, value, unit=""):
-    print(f"{ARGS.part}  {name:48} {value:.4g} {unit}", flush=True)
-    with open(FIGURES, "a") as file:
-        file.write(json.dumps([ARGS.part, name, value, unit]) + "\n")
+SIZES = ("RAR-B", "RAR-XL", "RAR-XXL")
+SIDE_BY_SIDE = [*(f"compile {size}" for size in SIZES), "logits", "ddp", "claim", "tests"]
+IN_TURN = [
+    *(f"sampling {size} {precision} {who}" for size in SIZES[:2] for who in ("ours", "theirs")
+      for precision in ("tf32", "bfloat16")),
+    *(f"training {size} {who}" for who in ("compiled", "theirs", "eager") for size in SIZES),
+    "sampling RAR-B bfloat16 compiled", "sample-tf32", "sample-bfloat16", "shapes", "inception",
+    "scores", "photographs"]
+NEEDS = {"theirs": ARGS.authors, "claim": ARGS.data, "photographs": ARGS.data,
+         "inception": ARGS.golden, "scores": ARGS.golden}
+if TINY:
+    SIDE_BY_SIDE = ["logits", "ddp"]
+    IN_TURN = ["sampling RAR-B bfloat16 compiled", "training RAR-B compiled", "inception"]
 
-def seconds(call):
-    """The median of the last three of five calls, or of one call that a CPU is slow at."""
-    found = []
-    while len(found) < 5 and (CUDA or not found or found[0] < 2):
+def say(text, file="summary.txt"):
+    with open(OUT / file, "a") as out:
+        print(text, file=out)
+
+def figure(name, value, unit, step=ARGS.step):
+    say(f"{step:32} {name:14} {value:9.4g} {unit}")
+    say(json.dumps([step, name, value, unit]), "figures.jsonl")
+
+def speed(call, count, amount, unit):
+    """Time a call, then `count` more for a median."""
+    seconds = []
+    for _ in range(1 + count):
         begin = time.perf_counter()
         call()
         if CUDA:
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - begin)
-    return float(np.median(found[-3:]))
+        seconds.append(time.perf_counter() - begin)
+    took = np.median(seconds[1:])
+    figure("first", seconds[0], "s")
+    figure("speed", amount / took, unit)
+    if CUDA:
+        figure("memory", torch.cuda.max_memory_reserved() / 1e9, "GB")
+    return took
 
 def autocast_of(precision):
-    return tok.choose_device(DEVICE.type, precision)[2]
+    return rar.choose_device(DEVICE.type, precision, precision)[2]
 
-def equal(a, b):
-    return (a == b).float().mean().item()
-
-class Settings(dict):
-    __getattr__ = dict.__getitem__
-
-def build(name, batch=1, who="ours"):
-    """A model, ours or the authors', and its Config."""
-    gc.collect()
-    if CUDA:
-        torch.compiler.reset()
-    classes = 10 if name == "tiny" else 1000
-    sizes = dict(batch=batch, micro_batch=batch, num_classes=classes)
-    config = dataclasses.replace(rar.PRESETS[name], **sizes)
-    kind, sizes = rar.RAR, config
-    if who == "theirs":
-        sys.path.insert(0, ARGS.authors)
-        from modeling.rar import RAR as kind
-        generator = Settings(
-            hidden_size=config.width, num_hidden_layers=config.depth, dropout=config.dropout,
-            num_attention_heads=config.heads, intermediate_size=config.mlp_width,
-            image_seq_len=config.grid_size**2, condition_num_classes=config.num_classes,
-            attn_drop=config.dropout)
-        codes = Settings(codebook_size=config.codebook_size)
-        sizes = Settings(model=Settings(generator=generator, vq_model=codes))
+def build(size, batch, who="ours", **changes):
+    """A model with random weights, and its Config."""
+    torch.manual_seed(0)
+    if TINY:
+        size, batch, changes = "tiny", min(batch, 8), changes | dict(depth=1, num_classes=10)
+    changes = dict(batch=batch, micro_batch=batch) | changes
+    config = dataclasses.replace(rar.PRESETS[size], **changes)
     with DEVICE:
-        model = kind(sizes).eval()
+        model = authors_model(ARGS.authors, config) if who == "theirs" else rar.RAR(config)
     for weight in [p for p in model.parameters() if p.ndim > 1]:
-        torch.nn.init.kaiming_normal_(weight)  # gates of 0 would idle
-    return model, config
+        nn.init.kaiming_normal_(weight)  # Gates of 0 would switch the blocks off.
+    return model.eval(), config
 
-# ---- 1. The fast path against the slow one, and the tests
-def correctness():
-    model, _ = build("tiny")
-    inputs = torch.rand(8, 64).to(DEVICE), rar.sample_orders(8, 64, 0.5).to(DEVICE)
-    settings = model, torch.arange(8, device=DEVICE), 3.0, 1.0, 0.9
-    for precision in ["float32", "bfloat16"] if CUDA else ["float32"]:
-        def draw(uniforms, orders):
-            with autocast_of(precision):
-                return rar.generate(*settings, uniforms=uniforms, orders=orders)
+# ---- Sampling, tokens only
 
-        fast = rar.recorded(draw) if CUDA else draw
-        tokens = [fast(*inputs) for _ in range(3)][-1]  # the third is a replay
-        with autocast_of(precision):
-            same = equal(tokens, rar.generate_slowly(*settings, *inputs))
-        figure(f"{precision}: equal tokens, fast and slow", same)
-        assert same > 0.9 or precision == "bfloat16"  # which rounds
-    tests = [sys.executable, "-m", "pytest", "-q", str(ROOT / "test_rar.py")]
-    os.environ.pop("TQDM_DISABLE", None)
-    os.execv(sys.executable, tests + ["-k", "test_logits"] * ARGS.tiny)
-
-# ---- 2. The second batch is recorded, later ones replay it
-def recording():
-    name, batch = ("tiny", 4) if SMALL else ("RAR-B", 128)
-    for precision in PRECISIONS:
-        model, config = build(name, batch)
-        labels, numbers, tokens = torch.arange(batch), 4 * list(range(batch)), []
-        batches = rar.sample_tokens(model, labels, config, autocast_of(precision), numbers)
-        for number in range(1, 5):
-            begin = time.perf_counter()
-            tokens.append(next(batches)[1].cpu())
-            title = f"{name}, {precision}: batch {number}"
-            figure(title, time.perf_counter() - begin, "s")
-            figure(title, equal(tokens[-1], tokens[0]), "as in batch 1")
-            if CUDA:
-                free, total = torch.cuda.mem_get_info()
-                figure(title, (total - free - torch.cuda.memory_reserved()) / 1e9, "GB of driver")
-
-# ---- 3. Attention of one query
-def attention():
-    kernels = [SDPBackend.FLASH_ATTENTION] + [SDPBackend.EFFICIENT_ATTENTION] * CUDA
-    rows, options = (2, 2) if SMALL else (256, 16), dict(device=DEVICE, dtype=torch.bfloat16)
-    for width in (48, 64, 80, 88):
-        q = torch.randn(*rows, 1, width, **options)
-        # Eight layers: one would stay in a GPU's cache.
-        layers = torch.randn(8, 2, *rows, 257, width, **options)
-        for length in (64, 128, 256):
-            cache = layers[..., :length, :]
-            for kernel in kernels:
-                def attend():
-                    with sdpa_kernel(kernel):
-                        return [F.scaled_dot_product_attention(q, k, v) for k, v in cache][0]
-
-                took = seconds(rar.recorded(attend) if CUDA else attend)
-                title = f"{kernel.name}, width {width}, {length} keys"
-                figure(title, took / len(cache) * 1e6, "us")
-                figure(title, cache.nbytes / took / 1e12, "TB/s")
-
-# ---- 4. Sampling; part 6 measures the pixels
-def measured_limits(precision):
-    """Bytes/s of copies, and FLOP/s of 20 matrix products."""
-    autocast_of(precision)
-    a, b = torch.ones(2, 2**26, device=DEVICE)
-    bandwidth = 2 * a.nbytes / seconds(lambda: b.copy_(a))
-    figure("copies", bandwidth / 1e12, "TB/s")
-    size = 8192 if CUDA else 1024
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    a = torch.randn(size, size, device=DEVICE, dtype=dtype)
-    peak = 20 * 2 * size**3 / seconds(lambda: [a @ a for _ in range(20)])
-    figure(f"matrix products, {precision}", peak / 1e12, "TFLOP/s")
-    return bandwidth, peak
-
-def least_seconds(model, config, precision, bandwidth, peak):
-    """The limit: a token reads weights or makes products, and reads half a cache."""
-    adaln = sum(p.numel() for block in model.blocks for p in block.adaLN_modulation.parameters())
-    others = sum(p.numel() for p in model.blocks.parameters()) - adaln
-    B, T, size = config.batch, config.grid_size**2, 2 if precision == "bfloat16" else 4
-    reading = (others + adaln / rar.AHEAD) * size / bandwidth
-    products = 2 * (others * 2 * B + adaln * (B + 1)) / peak
-    cache = 2 * config.depth * 2 * B * T / 2 * config.width * size
-    return T * (max(reading, products) + cache / bandwidth)
-
-def sampler(limits, who, name, batch, precision):
-    """A call, and its least seconds."""
-    model, config = build(name, batch, who)
-    least = least_seconds(model, config, precision, *limits[precision])
-    labels, autocast = torch.arange(batch) % config.num_classes, autocast_of(precision)
+def sampling(size, precision, who):
+    model, config = build(size, 128, who)
+    labels, autocast = torch.arange(config.batch) % config.num_classes, autocast_of(precision)
+    if precision == "bfloat16" and who != "theirs":
+        rar.to_bfloat16(model)
+    for block in model.blocks if who == "compiled" else []:
+        block.compile(dynamic=True, backend=BACKEND)
+    # On a GPU the first batch is recorded, and the others replay it.
+    call = rar.sample_tokens(model, labels.repeat(4), config, autocast).__next__
     if who == "theirs":
-        settings = labels.to(DEVICE), config.scale, config.temperature, config.power
-        return lambda: model.generate(*settings), least
-    if who == "fused":
-        rar.compile_halves(model)
-    elif not CUDA:  # as rar.py sample
-        rar.pack(model)
-    batches = rar.sample_tokens(model, labels.repeat(9), config, autocast)
-    return lambda: next(batches), least
+        def call():
+            with autocast, torch.no_grad():
+                model.generate(labels.to(DEVICE), config.scale, config.temperature, config.power)
+    speed(call, 1 if who == "theirs" else 3, config.batch, "images/s")
 
-def in_turn(make, limits, kinds, name, batch):
-    """Time the kinds in turn."""
-    for _ in range(ARGS.pairs):
-        first = None
-        for who, precision in kinds:
-            if dict(ours=False, fused=not CUDA, theirs=not ARGS.authors)[who]:
-                continue
-            call, least = make(limits, who, name, batch, precision)
-            took = seconds(call)
-            del call
-            first = first or took
-            title = f"{name}, {batch}, {precision}, {who}"
-            figure(title, batch / took, "images/s")
-            figure(title, least / took, "of the limit")
-            figure(title, took / first, "times the first")
+def logits():
+    """Of the loop, on a GPU recorded, against those of one forward pass in float32."""
+    model, config = build("RAR-B", 8)
+    T, autocast, seen = config.grid_size**2, autocast_of("float32"), []
+    tokens = torch.randint(config.codebook_size, (8, T), device=DEVICE)
+    labels, orders = torch.arange(8, device=DEVICE), rar.sample_orders(8, T, 0.5).to(DEVICE)
+    with torch.no_grad():
+        right = model(tokens, labels, orders)  # (8, T, V)
+    # What is drawn does not matter, because all tokens are known.
+    rar.draw = lambda logits, *_: seen.append(logits) or logits.argmax(-1)
 
-def sampling():
-    limits = {precision: measured_limits(precision) for precision in PRECISIONS}
-    kinds = [("ours", precision) for precision in PRECISIONS]
-    more = [("fused", "bfloat16"), ("theirs", PRECISIONS[-1])]  # theirs as released, in TF32
-    cases = [("RAR-B", 128), ("RAR-XL", 128), ("RAR-B", 64), ("RAR-B", 256), ("RAR-L", 128),
-             ("RAR-XXL", 128)]
-    if SMALL:
-        cases = [("tiny" if ARGS.tiny else "RAR-B", 4)]
-    for case in cases:
-        in_turn(sampler, limits, kinds + more * (case in cases[:2]), *case)
+    def loop(known):
+        seen.clear()
+        with autocast:
+            rar.generate(model, labels, 0, 0, 1, orders=orders, known=known)
+        return torch.stack(seen, 1)
 
-# ---- 5. Training
-def trainer(peak, who, name, batch, precision):
-    """A call, an update at r = 1, and its least seconds."""
-    model, config = build(name, batch, who)
-    if who == "theirs":
-        model.forward = lambda tokens, labels, orders: model.forward_fn(
-            tokens, model.preprocess_condition(labels), orders=orders)[:, :-1]
-    optimizer, autocast = rar.make_optimizer(model.train(), config), autocast_of(precision)
-    rows = np.random.default_rng(0).integers(192, size=(10_000, 1 + config.grid_size**2))
-    rows[:, 0] %= config.num_classes
+    for precision in ("float32", "bfloat16"):
+        autocast = autocast_of(precision)
+        if precision == "bfloat16":
+            rar.to_bfloat16(model)
+        found = (rar.recorded(loop, tokens) if CUDA else loop)(tokens)
+        error = ((found - right).abs().max() / right.std()).item()
+        figure(precision, error, "standard deviations at most")
+        assert error < 1e-3 or precision == "bfloat16"
+
+# ---- Training, in random orders
+
+def trainer(size, who, batch, **changes):
+    """A function that makes an update and returns the loss; the model and its Config."""
+    model, config = build(size, batch, who, **changes)
+    optimizer, autocast = rar.make_optimizer(model.train(), config), autocast_of("bfloat16")
+    rows = np.random.default_rng(0).integers(10, size=(10_000, 1 + config.grid_size**2))
+    network, steps = model, iter(range(config.steps))
+    if who in ("compiled", "ddp"):
+        model.compile(backend=BACKEND)
+    if who == "ddp":
+        network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def update():
-        rar.train_step(model, optimizer, config, rar.draw_batch(rows, config, 1), 1, autocast)
+        step = next(steps)
+        batch = rar.draw_batch(rows, config, step)
+        return rar.train_step(network, optimizer, config, batch, step, autocast)[0]
+    return update, model, config
 
-    if who == "fused":
-        rar.compile_halves(model)
-    count = sum(p.numel() for p in model.blocks.parameters())
-    return update, 6 * count * batch * (config.grid_size**2 + 1) / peak
+def training(size, who, count=8):
+    """With the preset's micro-batch. Does it fit?"""
+    update, model, config = trainer(size, who, rar.PRESETS[size].micro_batch)
+    took = speed(update, count, config.batch, "samples/s")
+    weights = sum(p.numel() for p in model.blocks.parameters())
+    products = 6 * weights * config.batch * (config.grid_size**2 + 1)
+    figure("of 989 TFLOP/s", 100 * products / took / 989e12, "%")
 
-def training():
-    peak = 989e12 if CUDA else measured_limits("float32")[1]  # of an H100 or H200
-    kinds = [(who, PRECISIONS[0]) for who in ("ours", "fused", "theirs")]
-    for name in ["tiny"] if SMALL else ["RAR-B", "RAR-XL", "RAR-L", "RAR-XXL"]:
-        in_turn(trainer, peak, kinds, name, 64 if SMALL else rar.PRESETS[name].micro_batch)
+def compile(size):
+    """The compiler keeps what it makes on the disk. (Its times mean nothing.)"""
+    training(size, "compiled", 1)
 
-# ---- 6. The published tokenizer, and Inception
-def pictures():
-    count = 1 if SMALL else 60
-    with DEVICE:
-        tokenizer = tok.MaskGITVQGAN()
-        inception = fid.Inception().eval().to(memory_format=torch.channels_last)
-        images = F.interpolate(torch.rand(count, 3, 32, 32), 256, mode="bilinear")
-    pixels = torch.from_numpy(tok.to_uint8(images))
+def ddp():
+    """Compiled, in DDP, with two micro-batches: are the losses those of plain training?"""
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", rank=0, world_size=1,
+                                   store=distributed.HashStore())
+    changes = dict(depth=4, dropout=0.0, steps=20, warmup=0.0)
+    plain, *_ = trainer("RAR-B", "eager", 8, **changes)
+    other, *_ = trainer("RAR-B", "ddp", 8, **changes, micro_batch=4)
+    errors = [abs(plain() - other()).item() for _ in range(5)]
+    figure("losses", max(errors), "nats of difference")
 
-    def encode():  # ten crops at a time
-        return torch.cat([tokenizer.encode(part) for part in images.split(10)])
+# ---- Inception, with random weights
 
-    autocast_of("float32")
-    figure("Inception", count / seconds(lambda: inception(pixels)), "pictures/s")
-    tokens = encode()
-    with autocast_of("bfloat16"):
-        figure("equal codes in bfloat16", equal(encode(), tokens))
-    autocast_of(PRECISIONS[-1])
-    figure("encoder", count / seconds(encode), "pictures/s")
-    figure("decoder", count / seconds(lambda: tokenizer.decode(tokens)), "pictures/s")
-
-# ---- 7. Raster, random or annealed orders (of shapes without --data)
-def learning():
-    flags = "--steps 1 --width 32".split() if SMALL else []
-    if ARGS.data:
-        flags += "--model small --image-size 64 --grid-size 16 --data".split() + [ARGS.data]
-    runs = [(seed, anneal) for seed in "01" for anneal in ("0 0", "1 1", "0.25 0.5")]
-    for seed, anneal in runs[:1] if SMALL else runs:
-        out = FIGURES.with_name(f"run-{time.time():.0f}")
-        more = ["--out", str(out), "--seed", seed, "--anneal", *anneal.split()]
-        assert rar.main(["train", *flags, *more]) == 0
-        last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-        figure(f"held out: anneal {anneal}, seed {seed}", last["final_order_bits"], "bits/token")
+def inception():
+    weights, count = {}, 1 if TINY else 128
+    for entry in json.loads(Path(ARGS.golden, "keys_shapes.json").read_text())["keys"]:
+        weights[entry["key"]] = tensor = torch.ones(entry["shape"], device=DEVICE)
+        if tensor.ndim > 1:
+            nn.init.kaiming_normal_(tensor)
+    rar.write_tensors(OUT / "inception.pt", weights)
+    pixels = torch.randint(256, (count, 256, 256, 3), dtype=torch.uint8, device=DEVICE)
+    np.save(OUT / "noise.npy", pixels.cpu())
+    speed(lambda: fid.inception(pixels, weights), 5, count, "pictures/s")
 
 # ---- All of it
-PARTS = [correctness, recording, attention, sampling, training, pictures, learning]
+
+def start(step, end):
+    """Run a step in a process of its own, until `end`."""
+    begin, output = time.time(), OUT / f"output/{step}.txt"
+    is_command = step.split()[0] not in globals()
+    command = [sys.executable, *sys.argv, "--step", step]
+    if is_command:
+        command = ["bash", ".github/gpu.sh", step, ARGS.out, ARGS.data, ARGS.golden]
+    limit = ["timeout", "-k", "9", f"{max(0.1, end - begin)}"]  # exit code 124
+    with open(output, "w") as file:
+        code = subprocess.call([*limit, *command], stdout=file, stderr=file)
+    figure(f"exit code {code}", time.time() - begin, "s", step)
+    if code or is_command:
+        say(output.read_text()[-1500:])
+    return code
 
 def main():
-    os.environ["TQDM_DISABLE"] = "1"
-    if ARGS.tiny:
-        os.environ["OMP_NUM_THREADS"] = "1"  # two would wait for each other
-    FIGURES.parent.mkdir(parents=True, exist_ok=True)
-    FIGURES.touch()
-    old, codes, found = len(FIGURES.read_text().splitlines()), [], {}
-    for part in ARGS.parts:
-        begin = time.time()
-        command = ["timeout", "-k", "9", "600", sys.executable, *sys.argv, "--part", str(part)]
-        codes.append(subprocess.call(command))
-        title = f"part {part}, {PARTS[part - 1].__name__}: exit code {codes[-1]}"
-        figure(title, time.time() - begin, "s")
-
-    for part, name, value, unit in map(json.loads, FIGURES.read_text().splitlines()[old:]):
-        found.setdefault(f"{part}  {name:48} {{:.4g}} {unit}", []).append(value)
-    device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"\n{device}, torch {torch.__version__}, {time.ctime()}, {ARGS}"]
-    lines += [words.format(np.median(values)) for words, values in found.items()]
-    print(*lines, sep="\n")
-    with open(FIGURES.with_name("summary.txt"), "a") as file:
-        print(*lines, sep="\n", file=file)
+    begin, codes = time.time(), []
+    Path(OUT, "output").mkdir(parents=True, exist_ok=True)
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHON": sys.executable}
+    say(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}")
+    for steps, share, at_once in ((SIDE_BY_SIDE, 0.4, os.cpu_count()), (IN_TURN, 1, 1 + TINY)):
+        steps = [step for step in steps if step.startswith(ARGS.only)
+                 and all(NEEDS.get(word, True) for word in step.split())]
+        end = begin + 60 * ARGS.minutes * (1 if ARGS.only else share)
+        with ThreadPoolExecutor(at_once) as pool:
+            codes += pool.map(start, steps, [end] * len(steps))
+    print((OUT / "summary.txt").read_text())
     return any(codes)
 
 if __name__ == "__main__":
-    sys.exit(PARTS[ARGS.part - 1]() if ARGS.part else main())
+    name, *sizes = (ARGS.step or "main").split()
+    sys.exit(globals()[name](*sizes))
