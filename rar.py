@@ -42,9 +42,9 @@ which tells each block class and slot, comes in section 2.
     row of timesteps_...          0        1        2        3        4      (the slot, for adaLN)
     predicts                      -       x_2      x_0      x_3      x_1
 
-Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II has 5 other scan orders than
-raster, and both loops fast and safe: 6 sampling with a cache, 7 training that can be continued.
-Part III is the program around them: 8 settings, 9 data, 10 commands, 11 processes and files.
+Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II is both loops, fast: 5 scan
+orders, 6 sampling, 7 training. Part III is the program: 8 settings, 9 data, 10 commands, 11
+processes and files.
 
 Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
 """
@@ -53,8 +53,7 @@ import math
 import os
 from functools import lru_cache
 
-# OpenMP's threads spin while they wait for each other. Beside other programs that makes an update
-# 30 times as slow, so they should give way sooner. OpenMP reads this when torch is imported.
+# Without this, threads that spin while they wait make a busy CPU 30 times as slow.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -347,14 +346,15 @@ def train_plainly(model, rows, config, order=None):
 import json
 from pathlib import Path
 
+import torch.distributed as dist
+
 from tokenizer import CROPS, UserError, replacing, save_grid
 
 # ---- 5. Scan orders: the paper's five besides raster
 
 @lru_cache
 def scan_order(name, grid_size):
-    """The cells (T,) in the order in which a scan of Fig. 6 visits them; cell = row * N + column.
-    The pictures tell when each cell has its turn; spiral_out is spiral_in backwards.
+    """The cells (T,) as a scan of Fig. 6 visits them. The pictures show the turn of each cell.
 
       alternate       spiral_in       subsample        z_curve
      0  1  2  3      0 11 10  9      0  4  1  5      0  1  4  5
@@ -365,24 +365,24 @@ def scan_order(name, grid_size):
     N, half = grid_size, (grid_size + 1) // 2
     grid = np.arange(N * N).reshape(N, N)
     row, column = np.divmod(grid.flatten(), N)
-    orders = {"raster": grid.flatten()}
-    orders["alternate"] = np.concatenate([grid[i, ::(-1)**i] for i in range(N)])
 
-    # Go down the left side, take it away, and turn the rest so that its next side is on the left.
+    # Go down the left side, take it away, and turn the rest so that the next side is there.
     spiral, rest = [], grid.T
     while rest.size:
         spiral.extend(rest[0])
         rest = np.rot90(rest[1:])
-    orders |= {"spiral_in": np.array(spiral), "spiral_out": np.array(spiral[::-1])}
+    # Binary digits of row and column in turn: quarter by quarter, and so on within each.
+    place = sum((row >> i & 1) << 2 * i + 1 | (column >> i & 1) << 2 * i for i in range(8))
 
-    # The first cell of each quarter, then the second of each. Trap: lexsort's last key counts most.
-    orders["subsample"] = np.lexsort((column // half, row // half, column % half, row % half))
-
-    # Sorted by the binary digits of row and column in turn: quarter by quarter, and within each
-    # likewise.
-    rank = sum((row >> i & 1) << 2 * i + 1 | (column >> i & 1) << 2 * i for i in range(8))
-    orders["z_curve"] = rank.argsort()
-
+    orders = {
+        "raster": grid.flatten(),
+        "alternate": np.concatenate([grid[i, ::(-1)**i] for i in range(N)]),
+        "spiral_in": np.array(spiral),
+        "spiral_out": np.array(spiral[::-1]),
+        # The first cells of all quarters, then the second ones. Trap: the last key counts most.
+        "subsample": np.lexsort((column // half, row // half, column % half, row % half)),
+        "z_curve": place.argsort(),
+    }
     if name not in orders:
         raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
     return torch.from_numpy(orders[name])
@@ -396,84 +396,80 @@ class Cache:
         self.slots, self.filled = slots, 0
 
     def attend(self, q, k, v, dropout):
-        """Attention of new slots to themselves and to those before. All (B, H, S, D/H)."""
-        first, self.filled = self.filled, self.filled + k.shape[2]
-        if first == 0:
-            # Room of v's type. Under autocast that is bfloat16, but k's float32, after its norm.
+        """Attention of the next slot to itself and to those before. All (B, H, 1, D/H)."""
+        if self.filled == 0:
+            # Under autocast v is bfloat16, and k float32 after its norm.
             shape = *v.shape[:2], self.slots, v.shape[3]
             self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
-        self.keys[:, :, first:self.filled] = k
-        self.values[:, :, first:self.filled] = v
-        if first == 0:
-            return causal(q, k, v, dropout)
+        self.keys[:, :, self.filled] = k[:, :, 0]
+        self.values[:, :, self.filled] = v[:, :, 0]
+        self.filled += 1
 
-        # One new slot sees all before, so there is no mask. PyTorch's attention is made for many
-        # queries. For one, two matrix products take half of its time or less on a GPU.
+        # The slot sees all before, so there is no mask. For one query on a GPU, two matrix products
+        # take at most half of the time of PyTorch's attention.
         keys, values = self.keys[:, :, :self.filled], self.values[:, :, :self.filled]
         scores = (q * q.shape[-1]**-0.5) @ keys.mT  # (B, H, 1, slots)
         return scores.softmax(-1) @ values
 
 AHEAD = 32
 
-def adaln_tables(model, classes, first):
+def adaln_tables(model, classes, start):
     """The modulations of each block, (C, 32, 6D), and of the head, (C, 32, 2D), for classes (C,)
-    and 32 slots from `first` on. adaLN is a third of all weights, and it needs class and slot only.
-    With 32 slots at once its weights are read 32 times less often. All 256 at once would take 14 GB
-    for 128 pictures of RAR-B, 32 take 1.7."""
-    condition = model.class_and_slot(classes, first, first + AHEAD)  # (C, 32, D)
+    in 32 slots. adaLN is a third of all weights and needs class and slot only, so it runs ahead:
+    its weights are read 32 times less often. (All 256 slots would take too much memory.)"""
+    condition = model.class_and_slot(classes, start, start + AHEAD)  # (C, 32, D)
     tables = [block.adaLN_modulation(condition) for block in model.blocks]
     return tables, model.adaln_before_head.adaLN_modulation(condition)
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
     """As generate_slowly, but with a cache. By default uniforms are random and orders raster.
-    To complete pictures, known (B, T), in cell order, holds tokens that are given, or -1. They are
-    draws whose result is forced. They should come first in an order, for the others to see them."""
+    known (B, T), in cell order, holds given tokens, or -1. They should come first in an order,
+    or the draws before them do not see them."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
     uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
     orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
-    known = torch.tensor(-1, device=device) if known is None else known
-    known = known.expand(B, T).gather(1, orders)
-    tokens = torch.empty_like(orders)  # both in the order of drawing
+    known = torch.full_like(orders, -1) if known is None else known.expand(B, T)
+    forced = known.gather(1, orders)  # (B, T): the result of each draw, or -1
+    drawn = torch.empty_like(orders)
 
-    # With guidance every picture is two sequences: first all with their class, then all without.
-    # The tables of adaLN have a row for each label, and one more for all sequences without class.
-    copies = 2 if scale not in (0, 1) else 1
+    # With guidance a picture is two sequences: first come all with their class, then all without.
+    # adaLN's tables have a row for each picture, and a last one for "no class".
+    copies = 1 if scale in (0, 1) else 2
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
-    row_of = torch.arange(copies * B, device=device).clamp(max=B)  # of each sequence
+    row = torch.arange(copies * B, device=device).clamp(max=B)  # of each sequence
     positions = model.position_embeddings(orders).repeat(copies, 1, 1)  # (copies * B, T + 1, D)
     caches = [Cache(T + 1) for _ in model.blocks]
 
-    # Turn 0 runs the prompt in slots 0 and 1, and turn t the token drawn last in slot t + 1.
-    x = model.prompt(classes[row_of])  # (copies * B, 2, D)
-    for t in range(T):
-        first, last = (0, 1) if t == 0 else (t + 1, t + 1)
-        if first % AHEAD == 0:
-            # Let go of the old tables first, or both sets are in memory while the new are made.
-            tables = table = head_table = None
-            tables, head_table = adaln_tables(model, classes, first)
-        slots = slice(first % AHEAD, last % AHEAD + 1)
-
-        x = x + positions[:, first:last + 1]
+    # Slots hold cls, the class, and then the tokens as they are drawn.
+    prompt = model.prompt(classes[row])  # (copies * B, 2, D)
+    for slot in range(T + 1):
+        if slot % AHEAD == 0:
+            tables = head_table = None  # or memory would hold the old ones and the new
+            tables, head_table = adaln_tables(model, classes, slot)
+        x = prompt[:, slot] if slot < 2 else model.embeddings(token).repeat(copies, 1)
+        x = (x + positions[:, slot])[:, None]  # (copies * B, 1, D)
         for block, table, cache in zip(model.blocks, tables, caches):
-            x = block(x, table[row_of, slots], cache.attend)
+            x = block(x, table[row, slot % AHEAD, None], cache.attend)
+        if slot == 0:  # predicts nothing
+            continue
+
+        t = slot - 1
         # In float32 also under autocast, because guidance would amplify rounding.
         with torch.autocast(device.type, enabled=False):
-            modulation = head_table[row_of, slots].float()
-            logits = model.head(x.float(), modulation)[:, -1]
-
+            modulation = head_table[row, slot % AHEAD, None].float()
+            logits = model.head(x.float(), modulation)[:, 0]
         if copies == 2:
             conditional, unconditional = logits.chunk(2)
             g = guidance_weight(t, T, scale, power)
             logits = unconditional + g * (conditional - unconditional)  # (B, V)
         token = draw(logits, temperature, uniforms[:, t])
-        token = torch.where(known[:, t] < 0, token, known[:, t])
-        tokens[:, t] = token
-        x = model.embeddings(token).repeat(copies, 1)[:, None]  # (copies * B, 1, D)
-    return torch.empty_like(tokens).scatter_(1, orders, tokens)
+        token = torch.where(forced[:, t] < 0, token, forced[:, t])
+        drawn[:, t] = token
+    return torch.empty_like(drawn).scatter_(1, orders, drawn)  # in cell order
 
 def image_uniforms(seed, numbers, length):
-    """Uniforms (B, length) that depend only on the seed and the pictures' numbers."""
+    """Uniforms (B, length) that depend on the seed and the pictures' numbers only."""
     streams = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in numbers]
     return torch.from_numpy(np.stack([s.random(length, dtype=np.float32) for s in streams]))
 
@@ -491,10 +487,11 @@ def image_orders(config, numbers, known=None):
     return orders
 
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
-    """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Picture i depends only on
-    labels[i], weights, settings and i, up to rounding. known (T,) holds given tokens, or -1."""
-    device, B = model.cls_token.device, config.micro_batch
+    """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Up to rounding, picture i
+    depends on labels[i], weights, settings and i only. known (T,) holds given tokens, or -1."""
+    device, B, T = model.cls_token.device, config.micro_batch, config.grid_size**2
     numbers = list(range(len(labels)) if numbers is None else numbers)
+    known = torch.full((T,), -1) if known is None else known
 
     def draw_all(labels, uniforms, orders, known):
         with autocast:
@@ -503,23 +500,21 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
 
     is_recorded = device.type == "cuda" and len(numbers) > B
     for start in tqdm(range(0, len(numbers), B), "sampling", leave=False):
-        part = numbers[start:start + B]
-        # A recording has one size, so the last batch is filled up.
-        full = part + part[-1:] * (B - len(part)) if is_recorded else part
-        uniforms = image_uniforms(config.seed, full, config.grid_size**2)
-        given = torch.tensor(-1) if known is None else known
-        inputs = labels[full], uniforms, image_orders(config, full, known), given
-        inputs = [x.to(device) for x in inputs]
+        batch = numbers[start:start + B]
+        count = len(batch)
+        if is_recorded:  # with one size, so the last batch is filled up
+            batch += batch[-1:] * (B - count)
+        uniforms, orders = image_uniforms(config.seed, batch, T), image_orders(config, batch, known)
+        inputs = [x.to(device) for x in (labels[batch], uniforms, orders, known)]
         if is_recorded and start == 0:
             draw_all = recorded(draw_all, *inputs)
-        yield torch.tensor(part), draw_all(*inputs)[:len(part)]
+        yield torch.tensor(batch[:count]), draw_all(*inputs)[:count]
 
 def recorded(function, *inputs):
-    """The function as a CUDA graph for inputs of these shapes: a GPU runs small kernels faster
-    than Python can start them."""
-    function(*inputs)  # Libraries prepare themselves in a first call, which can't be recorded.
-    graph = torch.cuda.CUDAGraph()
-    # Only this thread is watched, because NCCL has threads that may use the GPU meanwhile.
+    """The function as a CUDA graph, because a GPU runs small kernels faster than Python starts
+    them. Inputs must have these shapes."""
+    function(*inputs)  # In a first call libraries prepare themselves, which can't be recorded.
+    graph = torch.cuda.CUDAGraph()  # thread_local: NCCL's threads may use the GPU meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function(*inputs)
 
@@ -530,7 +525,11 @@ def recorded(function, *inputs):
         return output.clone()
     return replay
 
-# ---- 7. Training: the same updates, on any number of GPUs, and a run that can be continued
+# ---- 7. Training that can be continued, on any number of GPUs
+
+# torchrun starts a process for each GPU and tells it its number, its rank.
+TOLD = os.environ if dist.is_torchelastic_launched() else {}
+RANK, WORLD_SIZE = int(TOLD.get("RANK", 0)), int(TOLD.get("WORLD_SIZE", 1))
 
 def draw_batch(rows, config, step, rank=0, processes=1):
     """The share of process `rank` in update `step`: tokens, labels, orders, and r."""
@@ -542,27 +541,27 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     return tokens[mine], labels[mine], orders[mine], r
 
 def train_step(network, optimizer, config, batch, step, autocast):
-    """Make update `step`, micro-batch by micro-batch, of what draw_batch gives. Returns loss,
-    accuracy, gradient norm and learning rate, as tensors, so that nothing waits for the GPU."""
-    tokens, labels, orders, _ = batch
-    device = next(network.parameters()).device
+    """Make update `step` of what draw_batch gives. Returns loss, accuracy, gradient norm and
+    learning rate, as tensors, so that nothing waits for the GPU."""
+    *batch, _ = batch
+    device, count = next(network.parameters()).device, len(batch[0])
     sums = torch.zeros(2, device=device)
-    for start in range(0, len(tokens), config.micro_batch):
+    for start in range(0, count, config.micro_batch):
         stop = start + config.micro_batch
-        inputs = [x[start:stop] for x in (tokens, labels, orders)]
+        inputs = [x[start:stop] for x in batch]
         if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
             inputs = [x.contiguous().pin_memory().to(device, non_blocking=True) for x in inputs]
         fraction = len(inputs[0]) / config.batch
-        # As DDP.no_sync does it: only the last micro-batch exchanges gradients.
-        network.require_backward_grad_sync = stop >= len(tokens)
+        # Only the last micro-batch exchanges gradients, as with DDP.no_sync.
+        network.require_backward_grad_sync = stop >= count
         with autocast:
             loss, accuracy = training_loss(network, *inputs)
-        # DDP averages gradients. We want their sum, as each loss is a fraction of the batch's.
+        # DDP averages over processes, but these fractions are to be added up.
         (loss * fraction * WORLD_SIZE).backward()
         sums += fraction * torch.stack([loss.detach(), accuracy])
 
     norm, lr = update(network, optimizer, config, step)
-    optimizer.zero_grad(set_to_none=False)  # In place, because they are views of DDP's buckets.
+    optimizer.zero_grad(set_to_none=False)  # in place, because DDP has views of them
     return *sum_over_processes(sums), norm, lr
 
 @torch.no_grad()
@@ -576,8 +575,7 @@ def evaluate(model, rows, config, autocast):
         nats = 0
         for part in torch.arange(len(rows)).split(config.micro_batch):
             inputs = [x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
-            with autocast:
-                # Not the model itself, or torch.compile would compile it anew.
+            with autocast:  # model.forward is not compiled, since sizes differ here
                 loss, _ = training_loss(model.forward, *inputs)
             nats += loss.item() * len(part)
         bits[name] = nats / len(rows) / math.log(2)
@@ -602,46 +600,45 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
         network = nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=not config.target_aware)
 
-    annealing_starts = math.ceil(config.anneal[0] * config.steps)
+    annealing = math.ceil(config.anneal[0] * config.steps)  # starts after this update
+    milestones = {annealing, config.steps, *range(0, config.steps, config.save_every)}
+    logged = {1, *milestones, *range(0, config.steps, config.log_every)}
     bar = tqdm(range(done, config.steps), "training", config.steps, initial=done)
     with bar, noting_signals() as signals:
         for step in bar:
             batch = draw_batch(rows, config, step, RANK, WORLD_SIZE)
-            # Seed, step and rank decide dropout, so it is the same in a run that is continued.
+
+            # Dropout, too, depends on the update only, so that a run can be continued.
             torch.manual_seed(hash((config.seed, step, RANK)))
             model.train()
             results = train_step(network, optimizer, config, batch, step, autocast)
 
             done = step + 1
-            stopping = in_any_process(signals)
-            milestone = done % config.save_every == 0 or done in (annealing_starts, config.steps)
-            logged = milestone or done == 1 or done % config.log_every == 0
-            if not (logged or stopping):
+            stop = in_any_process(signals)
+            if done not in logged and not stop:
                 continue
-
             # Only from here on does Python wait for the GPU.
             loss, accuracy, norm, lr = map(float, results)
             if not math.isfinite(loss + norm):
-                raise UserError(f"update {done}: the loss or its gradient is not finite. Continue "
-                                "from the last checkpoint with a lower --lr")
+                raise UserError(f"update {done}: loss or gradient is not finite. Run the same "
+                                "command with a lower --lr")
             passes = done * config.batch * CROPS[config.crops] / len(rows)
             line = dict(step=done, loss=loss, accuracy=accuracy, r=batch[-1], lr=lr,
                         gradient_norm=norm, passes=passes)
             bar.set_postfix(loss=loss, r=batch[-1], passes=passes)
-            if RANK == 0:
-                if milestone:
-                    line |= evaluate(model.eval(), held_out, config, autocast)
-                    bar.write(f"update {done}: {in_words(config, line)}")
-                    save_preview(folder, done, model, tokenizer, config, autocast)
-                if logged:  # not when stopping, or a continued run would have another log
-                    log.append(line)
-                    text = "".join(json.dumps(each) + "\n" for each in log)
-                    write_text(folder / "log.jsonl", text)
-                if milestone or stopping:
-                    save_checkpoint(folder, done, model, optimizer, log, annealing_starts)
-            if stopping:
+
+            if RANK == 0 and done in milestones:
+                line |= evaluate(model.eval(), held_out, config, autocast)
+                bar.write(f"update {done}: {in_words(config, line)}")
+                save_preview(folder, done, model, tokenizer, config, autocast)
+            if RANK == 0 and done in logged:  # A stop leaves no line, or logs would differ.
+                log.append(line)
+                write_text(folder / "log.jsonl", "\n".join([*map(json.dumps, log), ""]))
+            if RANK == 0 and (done in milestones or stop):
+                save_checkpoint(folder, done, model, optimizer, log, annealing)
+            if stop:
                 wait_for_all()  # or else torchrun might end rank 0 while it saves
-                raise KeyboardInterrupt("stopped and saved: run the same command to continue")
+                raise KeyboardInterrupt
 
 def save_preview(folder, done, model, tokenizer, config, autocast):
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
@@ -653,33 +650,29 @@ def save_preview(folder, done, model, tokenizer, config, autocast):
 def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
 
-def save_checkpoint(folder, done, model, optimizer, log, annealing_starts):
+def save_checkpoint(folder, done, model, optimizer, log, annealing):
     """Keep the last two, and the one where annealing starts: its model knows every order."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     state = dict(updates=done, model=weights, optimizer=optimizer.state_dict(), log=log)
-    write_tensors(folder / f"checkpoint-{done:07}.pt", state)
     write_tensors(folder / "weights.pt", weights)
+    write_tensors(folder / f"checkpoint-{done:07}.pt", state)
     for path in checkpoints(folder)[2:]:
-        if path.name != f"checkpoint-{annealing_starts:07}.pt":
+        if path.name != f"checkpoint-{annealing:07}.pt":
             path.unlink(missing_ok=True)
 
 def resume(folder, model, optimizer):
     """Load the newest checkpoint, if any. Returns how many updates it has had, and its log."""
-    found = checkpoints(folder)
-    if not found:
+    if not checkpoints(folder):
         return 0, []
-    state = read_tensors(found[0])
-    load_state(model, state["model"], found[0])
+    state = read_tensors(checkpoints(folder)[0])
+    model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    if RANK == 0:  # A kill may have come between these two files.
-        write_tensors(folder / "weights.pt", state["model"])
     return state["updates"], state["log"]
 
-# What follows holds nothing about RAR. It is the program around the two loops.
+# What follows holds nothing about RAR: it is the program around the two loops.
 # ---- Part III: the program
+
 import argparse
-import contextlib
-import dataclasses
 import datetime
 import inspect
 import re
@@ -688,8 +681,9 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 
-import torch.distributed as dist
 from PIL import Image
 from torch.utils.mkldnn import to_mkldnn
 
@@ -699,66 +693,68 @@ from tokenizer import (
     load, read_ahead, read_crops, released_tokenizer, to_float, to_uint8)
 
 # ---- 8. Settings
-@dataclasses.dataclass
+
+@dataclass
 class Config:
     """The settings of a run, by default RAR-B's (Tables 1, 4, 6). What has a comment is a flag."""
     num_classes: int = 1000
     class_names: tuple = ()
+    model: str = "RAR-B"  # preset of the others
     data: str = "shapes"  # shapes, a folder of class folders, or a .jsonl of tokens
     image_size: int = 256  # pixels a side
     crops: str = "ten"  # of photographs: ten, flip (two) or center
     photographs: int = 10**9  # at most so many, evenly from all classes
-    tokenizer: str = "released"  # released (fetched), patch (fitted to the data), or a file
+    tokenizer: str = "released"  # released, patch (fitted to the data), or a file
     grid_size: int = 16  # cells a side
-    codebook_size: int = 1024  # number of different tokens
-    width: int = 768  # channels of a token
-    depth: int = 24  # number of blocks
-    heads: int = 16  # number of attention heads
-    mlp_width: int = 3072  # hidden channels of an MLP
-    dropout: float = 0.1  # fraction of activations set to 0
+    codebook_size: int = 1024  # different tokens
+    width: int = 768  # channels
+    depth: int = 24  # blocks
+    heads: int = 16  # of attention
+    mlp_width: int = 3072  # hidden channels
+    dropout: float = 0.1  # fraction of activations
     init: str = ""  # weights to start from
-    anneal: tuple = (0.5, 0.75)  # fractions of training between which r falls from 1 to 0
-    target_aware: bool = True  # tell each slot which cell it predicts
-    label_dropout: float = 0.1  # fraction of samples without class, for guidance
-    steps: int = 250_000  # number of updates
+    anneal: tuple = (0.5, 0.75)  # fractions of training between which r falls to 0
+    target_aware: bool = True  # tell slots which cell comes next
+    label_dropout: float = 0.1  # fraction of samples without class
+    steps: int = 250_000  # updates
     batch: int = 2048  # samples of an update
+    warmup: float = 0.25  # fraction of training in which lr rises
+    weight_decay: float = 0.03  # of AdamW
+    betas: tuple = (0.9, 0.96)  # of AdamW
+    order: str = "raster"  # of cells; a wrong name lists all
+    seed: int = 0  # for sample it is 1
+    # What follows may change when a run goes on.
     lr: float = 4e-4  # learning rate after warm-up
     min_lr: float = 1e-5  # learning rate at the end
-    warmup: float = 0.25  # fraction of training in which lr rises
-    weight_decay: float = 0.03  # AdamW's weight decay
-    betas: tuple = (0.9, 0.96)  # AdamW's betas
-    clip: float = 1.0  # largest norm of the gradients
+    clip: float = 1.0  # largest norm of gradients
     micro_batch: int = 64  # samples in memory at once
     compile: bool = True  # use torch.compile on a GPU; not for tiny and small
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
-    order: str = "raster"  # order of cells; a wrong name lists all
-    seed: int = 0  # of weights and batches; for sample it is 1
     scale: float = 16.0  # guidance at the last token; 0 and 1 are none
     power: float = 2.75  # how late guidance sets in; 0 is at once
-    temperature: float = 1.0  # of the draws; 0 takes the likeliest token
+    temperature: float = 1.0  # of draws; 0 takes the likeliest token
 
     def __post_init__(self):
         for name in ("anneal", "betas", "class_names"):  # argparse and JSON make lists.
             setattr(self, name, tuple(getattr(self, name)))
-        if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
-            raise UserError("--anneal wants two fractions of training, in order")
-        if not 0 <= self.min_lr <= self.lr:  # or NaN
-            raise UserError("--min-lr must be from 0 to --lr")
-        if self.width % self.heads:
-            raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
-        if self.image_size % self.grid_size:
-            raise UserError(f"--grid-size {self.grid_size} does not divide --image-size")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is negative")
+        start, end = self.anneal
+        for is_right, rule in [
+                (0 <= start <= end <= 1, "--anneal wants two fractions of training, in order"),
+                (0 <= self.min_lr <= self.lr, "--min-lr must be from 0 to --lr"),
+                (self.seed >= 0, "--seed must not be negative"),
+                (self.width % self.heads == 0, "--heads must divide --width"),
+                (self.image_size % self.grid_size == 0, "--grid-size must divide --image-size"),
+                (self.crops in CROPS, f"--crops must be one of {', '.join(CROPS)}"),
+                (min(self.steps, self.batch, self.micro_batch, self.log_every, self.save_every) > 0,
+                 "--steps, --batch, --micro-batch, --log-every, --save-every must be above 0")]:
+            if not is_right:
+                raise UserError(rule)
 
-# The help of a flag is the comment of its field. Reading the source for it is a hack, but a second
-# list of all flags would be worse.
+# The comment of a field is the help of its flag.
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
-# What may change when a run goes on. The last three concern its previews only.
-MAY_CHANGE = ("lr", "min_lr", "clip", "micro_batch", "compile", "log_every", "save_every",
-              *SAMPLING[2:])
+MAY_CHANGE = list(HELP)[list(HELP).index("lr"):]
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
                    grid_size=8, tokenizer="patch", warmup=0.05, log_every=20, compile=False)
@@ -784,15 +780,16 @@ def read_config(folder):
     """The Config in a run's folder, or None."""
     path = Path(folder, "config.json")
     if path.exists():
-        settings = json.loads(path.read_text())
-        return Config(**{name: settings[name] for name in vars(Config()) if name in settings})
+        with reading(path):
+            settings = json.loads(path.read_text())
+            return Config(**{name: settings[name] for name in vars(Config()) if name in settings})
 
 def continued(folder, given):
     """The Config of a run that goes on. Flags that are given change it, if they may."""
     if "log" not in read_tensors(checkpoints(folder)[0]):
         raise UserError(f"{folder} is of an earlier edition: choose another --out")
-    config = read_config(folder) or Config()
-    changed = dataclasses.replace(config, **given)
+    config = read_config(folder)
+    changed = replace(config, **given)
     for name, old in vars(config).items():
         new = getattr(changed, name)
         if new != old and name not in MAY_CHANGE:
@@ -801,64 +798,57 @@ def continued(folder, given):
             print(f"{folder}: {flag_of(name)} was {old} and is {new} from now on")
     return changed
 
-def fit_micro_batch(config, device, training):
-    """Lower the micro-batch to what fits into 85 % of the GPU's memory."""
-    if device.type == "cpu":
+def fit_micro_batch(config, given, device, weight_bytes, state_bytes):
+    """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory."""
+    if device.type == "cpu" or "micro_batch" in given:
         return
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in RAR(config).parameters())
-    states, slots = config.width * config.depth, config.grid_size**2 + 1
-    # Measured: bytes for each state of a sample, and four numbers of 4 bytes for each parameter.
-    fixed, each = 16 * parameters, (80 if config.compile else 105) * states * slots
-    if not training:  # CUDA graph and decoder; keys, values and adaLN of two sequences.
-        fixed = 4 * parameters + 7e7 * config.depth + 3e9
-        each = 16 * states * slots + 24 * AHEAD * states
+    weights = 18 * config.depth * config.width**2
+    states = config.depth * config.width * (config.grid_size**2 + 1)
     memory = torch.cuda.get_device_properties(device).total_memory
-    fits = max(1, int((0.85 * memory - fixed) / each))
+    fits = max(1, int((0.85 * memory - weight_bytes * weights) / (state_bytes * states)))
     if fits < config.micro_batch:
         print(f"--micro-batch is {fits}, because the GPU has {memory / 1e9:.0f} GB")
         config.micro_batch = fits
 
 # ---- 9. Data
+
 def find_data(data):
-    """The names of the classes, and (class, path) pairs to train on and held out, if it has any."""
+    """Names of classes, and (class, path) pairs to train on and held out."""
     if data == "shapes":
         return tuple(SHAPES), [], []
     if data.endswith(".jsonl"):
-        Path(data).stat()  # or the system says that it is not there
+        Path(data).stat()  # or the system says that it isn't there
         return (), [], []
     return tuple(folder.name for folder in class_folders(data)), *labelled_pictures(data)
 
 def evenly(items, most):
-    """At most so many items. They come evenly from all of them, and so from all classes."""
+    """At most so many items, evenly from all of them."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
 
 def make_tokenizer(config, pictures):
-    """The tokenizer of a new run. "patch" is fitted to the data."""
+    """The tokenizer of a new run."""
     if config.tokenizer != "patch":
-        is_released = config.tokenizer == "released"
-        return load(released_tokenizer() if is_released else config.tokenizer)
+        return load(released_tokenizer() if config.tokenizer == "released" else config.tokenizer)
     if config.data == "shapes":
-        images = draw_shapes(SHAPES_TRAIN)  # (N, 3, 32, 32)
-    elif pictures:
+        images = draw_shapes(SHAPES_TRAIN)
+    else:
         some = evenly(pictures, min(2000, 10**8 // (3 * config.image_size**2)))
         images = read_crops([path for _, path in some], config.image_size)
-    else:
-        raise UserError("--tokenizer patch can't be fitted to tokens: name a file")
     return PatchTokenizer.fit(images, config.grid_size, config.codebook_size)
 
 def open_tokenizer(config, folder):
-    """The tokenizer of the weights in a folder: its tokenizer.pt, or else the released one."""
+    """The tokenizer of the weights in a folder: its own, or the released one."""
     path = folder / "tokenizer.pt"
-    if not path.exists() and not read_config(folder):
-        path = released_tokenizer()
-    tokenizer = load(path)
+    tokenizer = load(path if path.exists() else released_tokenizer())
     for name in ("grid_size", "codebook_size"):
-        found, wanted = getattr(tokenizer, name), getattr(config, name)
-        if found != wanted:
-            raise UserError(f"{path} has {flag_of(name)} {found}, but the model {wanted}")
+        size = getattr(tokenizer, name)
+        if size != getattr(config, name):
+            raise UserError(f"{path} has {flag_of(name)} {size}, unlike the model")
     return tokenizer
+
+def stamp(path):
+    return str(path), path.stat().st_size, path.stat().st_mtime_ns
 
 def open_rows(config, pictures, held_out, tokenizer):
     """Rows to train on and held-out ones, uint16 (N, 1 + T): a class, then tokens in cell order."""
@@ -871,10 +861,10 @@ def open_rows(config, pictures, held_out, tokenizer):
 
     source = Path(config.data).resolve()
     if source.suffix == ".jsonl":
-        sizes = config.num_classes, config.grid_size**2, config.codebook_size
-        key = fingerprint(nn.Module(), sizes, source.stat().st_size, source.stat().st_mtime_ns)
-        paths = [Path(f"runs/tokens/{source.stem}-{part}-{key}.npy") for part in ("train", "held")]
+        name = f"runs/tokens/{source.stem}-{fingerprint(tokenizer, stamp(source))}"
+        paths = [Path(f"{name}-{part}.npy") for part in ("train", "held-out")]
         if RANK == 0 and not paths[0].exists():
+            sizes = config.num_classes, config.grid_size**2, config.codebook_size
             import_jsonl(source, *paths, *sizes)
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
@@ -885,204 +875,180 @@ def open_rows(config, pictures, held_out, tokenizer):
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
 def encoded(pictures, tokenizer, crops, name):
-    """The rows of (class, path) pairs: all crops of a picture, then those of the next. They are
-    made once, by all processes together, and kept in runs/tokens."""
-    # A file that was changed is another picture, so its size and time belong to the key.
-    files = [(number, str(path), path.stat().st_size, path.stat().st_mtime_ns)
-             for number, path in pictures]
+    """The rows of (class, path) pairs. Made once, by all processes together."""
+    files = [(number, *stamp(path)) for number, path in pictures]
     path = Path(f"runs/tokens/{name}-{fingerprint(tokenizer, crops, files)}.npy")
     if in_any_process(not path.exists()):
         shards = path.with_suffix(".shards")
         encode_shards(pictures, tokenizer, crops, shards, RANK, WORLD_SIZE)
         wait_for_all()
-        # Another program may have made the same rows meanwhile, and removed the shards.
-        if RANK == 0 and not path.exists():
+        if RANK == 0 and not path.exists():  # Another program may have joined them meanwhile.
             join_shards(shards, path)
         wait_for_all()
     return np.load(path, mmap_mode="r")
 
 # ---- 10. Commands
+
 def train_command(args, given, device, autocast):
-    found = read_config(args.out) if args.out else None
-    data = given.get("data", found.data if found else "shapes")
-    data = str(Path(data))  # "photos/" is the same folder as "photos"
+    old = args.out and read_config(args.out) or Config()
+    data = str(Path(given.get("data", old.data)))  # "photos/" is "photos"
     names, pictures, held_out = find_data(data)
+    given |= dict(data=data, class_names=names, num_classes=len(names) or 1000)
     preset = "small"
     if data == "shapes":
         preset = "tiny"
     elif not pictures or len(names) == 1000 and device.type == "cuda":
         preset = "RAR-B"
-    preset = args.model or preset
-    stem = Path(data).resolve().name.removesuffix(".jsonl")
-    folder = Path(args.out or f"runs/{stem}-{preset}")
-
-    given |= dict(num_classes=len(names) or 1000, class_names=names, data=data)
+    preset = given.get("model", preset)
+    folder = Path(args.out or f"runs/{Path(data).resolve().stem}-{preset}")
     if checkpoints(folder):
-        if args.model:
-            sizes = {name: getattr(PRESETS[preset], name) for name in ("width", "depth")}
-            given = sizes | given
         config = continued(folder, given)
     else:
-        chosen, count = {}, len(pictures)
+        chosen, count = dict(model=preset), len(pictures)
         if data == "shapes":
-            chosen = dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
-        elif preset == "small":
-            chosen = dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)))
-            if count < 2000:  # or they would be memorised
-                chosen |= dict(crops="ten", dropout=0.2)
-        config = dataclasses.replace(PRESETS[preset], **chosen | given)
-    scan_order(config.order, config.grid_size)  # A wrong name is refused before the long work.
-
+            chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
+        if preset == "small" and 0 < count < 2000:  # or they would be memorised
+            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
+                           crops="ten", dropout=0.2)
+        config = replace(PRESETS[preset], **chosen | given)
+    scan_order(config.order, config.grid_size)  # refuses a wrong name before the long work
     if config.batch % WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
-    print(f"{folder}: {config.depth} blocks of width {config.width}, {config.num_classes} classes, "
-          f"{config.image_size} pixels, {config.grid_size**2} tokens of {config.codebook_size}, "
-          f"{config.steps:,} updates")
+
+    print(f"{folder}: --model {config.model}, {config.num_classes} classes, "
+          f"{config.image_size} pixels, {config.steps:,} updates")
     if config.compile and device.type == "cuda":
-        print("compiling takes a minute or more, --no-compile does without")
-    if "micro_batch" not in given:
-        fit_micro_batch(config, device, training=True)
-    if preset == "small" and not args.model:
-        print(f"about {math.ceil(config.steps / 160)} minutes on two CPU cores. Better pictures: "
-              "more --steps, --image-size 64 --grid-size 16, or on a GPU --model RAR-B --init "
-              "RAR-B --anneal 0 0 --steps 5000 --batch 256 --lr 5e-5")
+        print("compiling takes a minute; --no-compile does without")
+    fit_micro_batch(config, given, device, 16, 80 if config.compile else 105)  # as measured
+    if config.model == "small":
+        print("better, on a GPU: --model RAR-B --init RAR-B --anneal 0 0 --steps 5000 --batch 256 "
+              "--lr 5e-5")
     with locked(folder):
         if RANK == 0:
             if not checkpoints(folder):
                 tokenizer = make_tokenizer(config, pictures)
                 write_tensors(folder / "tokenizer.pt", tokenizer.state_dict())
-            write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+            write_text(folder / "config.json", json.dumps(vars(config), indent=1))
         wait_for_all()
         tokenizer = open_tokenizer(config, folder).to(device)
         rows, held_out = open_rows(config, pictures, held_out, tokenizer)
         train(config, folder, tokenizer, rows, held_out, device, autocast)
-    print(f"finished: look at {folder}/step-{config.steps:06}.png\n"
+    print(f"look at {folder}/step-{config.steps:06}.png\n"
           f"next: python rar.py sample --weights {folder}")
 
 def sample_command(args, given, device, autocast):
-    model, config, folder = load_model(args.weights, given, device)
-    if "micro_batch" not in given:
-        config.micro_batch = 64 if device.type == "cpu" else 128
-        fit_micro_batch(config, device, training=False)
+    model, trained, folder = load_model(args.weights, {}, device)
+    config = replace(trained, **dict(micro_batch=64 if device.type == "cpu" else 128) | given)
+    fit_micro_batch(config, given, device, 4, 25)
     tokenizer = open_tokenizer(config, folder).to(device)
+    size = tokenizer.image_size
+
     names = config.class_names or [str(i) for i in range(config.num_classes)]
     number_of = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for name in args.classes or []:
         if name not in number_of:
             raise UserError(f"--classes {name}: choose from {len(names)}: {', '.join(names[:20])}")
     classes = [number_of[name] for name in args.classes or names]
-    count = args.count or min(60, 5 * len(classes))
+    count = min(60, 5 * len(classes)) if args.count is None else args.count
+    if count < 1:
+        raise UserError(f"--count {count}: ask for a picture or more")
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
-
     columns, before, known = [names[i] for i in classes], [], None
-    if bool(args.complete) != bool(args.keep):
-        raise UserError("--complete PICTURE and --keep X0 Y0 X1 Y1 need each other")
+    if args.keep and not args.complete:
+        raise UserError("--keep is for --complete PICTURE")
     if args.complete:
-        known, before = known_tokens(args.complete, args.keep, tokenizer)
+        keep = args.keep or (0, 0, size, size // 2)
+        known, before = known_tokens(args.complete, keep, tokenizer)
         columns = ["picture", "kept", *[names[i] for i in labels]]
-    final = scan_order((read_config(folder) or Config()).order, config.grid_size)
+    final = scan_order(trained.order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
-        print("weights that are annealed to another order: take a checkpoint from before that")
+        print("weights annealed to another order: take a checkpoint from before that")
 
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, precision=args.precision, weights=fingerprint(model),
-        tokenizer=fingerprint(tokenizer), known=None if known is None else known.tolist())
-    path = Path(args.out or folder / f"samples-{fingerprint(nn.Module(), settings, count)}.png")
-    store = folder_of_pngs(path, args.out, settings, count)
+        known=None if known is None else known.tolist())
+    path = Path(args.out or folder / f"samples-{fingerprint(tokenizer, settings, count)}.png")
+    if args.out and path.is_file():
+        raise UserError(f"{path} is there already: choose another --out")
+    if path.suffix == ".png" and count > 5000:
+        raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder")
+    # Numbered PNGs, of which a grid or an .npz is made in the end
+    store = Path(f"{path}.parts") if path.suffix in (".png", ".npz") else path
+    check_settings(store, settings)
     files = [store / f"{number:06}.png" for number in range(count)]
-    # Its share first, or processes would share out what the others have made meanwhile.
     missing = [number for number in range(count)[RANK::WORLD_SIZE] if not files[number].exists()]
 
     if args.precision == "bfloat16":
         to_bfloat16(model)
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():
-        to_mkldnn(model.blocks)  # For a few rows, oneDNN's products are faster than MKL's.
-    batches = sample_tokens(model, labels, config, autocast, missing, known)
-    with ThreadPoolExecutor() as pool:  # Pillow compresses while the next batch is drawn.
-        jobs = []
-        for numbers, tokens in batches:
+        to_mkldnn(model.blocks)  # faster for a few rows
+    with ThreadPoolExecutor() as pool:
+        for numbers, tokens in sample_tokens(model, labels, config, autocast, missing, known):
             pixels = to_uint8(tokenizer.decode(tokens))
-            list(jobs)  # raises what went wrong in the batch before
-            jobs = pool.map(save_png, [files[number] for number in numbers], pixels)
-        list(jobs)
+            list(pool.map(save_png, [files[number] for number in numbers], pixels))
     wait_for_all()
 
     if RANK == 0 and path != store:
-        pixels = np.empty((count, tokenizer.image_size, tokenizer.image_size, 3), np.uint8)
+        pixels = np.empty((count, size, size, 3), np.uint8)
         for i, picture in enumerate(read_ahead(files, None)):
             pixels[i] = picture.result()
         if path.suffix == ".png":
             save_grid(path, torch.stack([*before, *to_float(pixels)]), columns)
         else:
-            with replacing(path) as beside, open(beside, "wb") as file:
+            with replacing(path) as part, open(part, "wb") as file:
                 np.savez(file, arr_0=pixels)
         shutil.rmtree(store)
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
 def to_bfloat16(model):
-    """Store the matrices of blocks as autocast wants them: in half of the memory, and it need not
-    cast them in every batch."""
+    """Store what autocast would cast in every batch."""
     for layer in model.blocks.modules():
         if isinstance(layer, nn.Linear):
             layer.to(torch.bfloat16)
 
-def folder_of_pngs(path, out, settings, count):
-    """The folder for numbered PNGs, of which the grid or .npz at `path` is made in the end. Its
-    settings.json says how they were made, so that the same command can continue."""
-    is_folder = path.is_dir() or (out or "").endswith("/")
-    store = path if is_folder else Path(f"{path}.parts")
-    about, text = store / "settings.json", json.dumps(settings)
-    is_ours = about.exists() and about.read_text() == text
-    if not is_folder and path.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder/")
-    if path.suffix == ".png" and count > 5000:
-        raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder/")
-    if out and not is_folder and path.exists() and not is_ours:
-        raise UserError(f"{path} is there already: choose another --out")
-    if any(store.glob("*.png")) and not is_ours:
-        raise UserError(f"{store} has pictures made with other settings: choose another --out")
+def check_settings(folder, settings):
+    """Note how the PNGs in a folder are made, so that no others get there."""
+    path, text = folder / "settings.json", json.dumps(settings)
+    if any(folder.glob("*.png")) and not (path.exists() and path.read_text() == text):
+        raise UserError(f"{folder} has pictures made with other settings: choose another --out")
     wait_for_all()  # Nobody writes before all have looked.
     if RANK == 0:
-        write_text(about, text)
-    return store
+        write_text(path, text)
 
 def save_png(path, pixels):
-    with replacing(path) as beside:
-        Image.fromarray(pixels).save(beside, "PNG", compress_level=1)
+    with replacing(path) as part:
+        Image.fromarray(pixels).save(part, "PNG", compress_level=1)
 
 def eval_command(args, given, device, autocast):
     model, config, folder = load_model(args.weights, given, device)
     names, _, held_out = find_data(config.data)
-    if names and len(names) != config.num_classes:
-        raise UserError(f"--data {config.data} has {len(names)} classes, "
-                        f"and the model {config.num_classes}")
+    if len(names) not in (0, config.num_classes):
+        raise UserError(f"--data {config.data} has {len(names)} classes, unlike the model")
     tokenizer = open_tokenizer(config, folder).to(device)
     _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
 
 def load_model(path, given, device):
     """The model at a path, its Config and folder. Sizes are read off the weights. Other settings
-    are those given, those of the config.json beside them, or of the preset of that size."""
+    are given, or stand in the config.json beside them, or in the preset of that size."""
     path = find_weights(path)
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint)
-    try:
+    presets = {(preset.width, preset.depth): preset for preset in PRESETS.values()}
+    with reading(path):
         (rows, D), V = state["embeddings.weight"].shape, len(state["lm_head.bias"])
+        depth = sum(name.endswith(".attn.qkv.bias") for name in state)
         sizes = dict(
-            width=D, codebook_size=V, num_classes=rows - V - 2,
-            depth=sum(name.endswith(".attn.qkv.bias") for name in state),
+            width=D, depth=depth, codebook_size=V, num_classes=rows - V - 2,
             heads=D // len(state["blocks.0.attn.q_norm.bias"]),
             mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
             grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} holds no weights of a RAR")
-    alike = [c for c in PRESETS.values() if (c.width, c.depth) == (D, sizes["depth"])]
-    config = read_config(path.parent) or (alike[0] if alike else Config())
-    if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
-        given = {"anneal": (1.0, 1.0)} | given  # All orders were random so far: any will do.
-    with torch.device("meta"):  # Initial weights would take long.
-        model = RAR(dataclasses.replace(config, **sizes | given))
-    load_state(model, state, path, assign=True)
+        config = read_config(path.parent) or presets.get((D, depth), Config())
+        if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
+            given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
+        with torch.device("meta"):  # Initial weights would take long.
+            model = RAR(replace(config, **sizes | given))
+        model.load_state_dict(state, assign=True)
     return model.to(device, torch.float32).eval(), model.config, path.parent
 
 RELEASED_MODELS = {  # file and SHA-256
@@ -1101,8 +1067,8 @@ def find_weights(path):
         wait_for_all()
         return fetch("yucornetto/RAR", *RELEASED_MODELS[path])
     runs = Path("runs").glob("*/weights.pt")
-    path = path or max(runs, key=lambda file: file.stat().st_mtime, default="runs/*/weights.pt")
-    path = Path(path, "weights.pt") if Path(path).is_dir() else Path(path)
+    path = Path(path or max(runs, key=os.path.getmtime, default="runs/*/weights.pt"))
+    path = path / "weights.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no weights file {path}: make one with python rar.py train")
     return path
@@ -1111,71 +1077,67 @@ def load_init(model, config):
     """Start from the weights of --init. Embeddings of other classes start anew."""
     other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
     state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
-    if config.num_classes != theirs.num_classes and config.width == theirs.width:
-        print(f"{config.init} has other classes: their embeddings start anew")
-        kept = state["embeddings.weight"][:config.codebook_size + 1]
-        state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
-    load_state(model, state, config.init)
+    with reading(config.init):
+        if config.num_classes != theirs.num_classes:
+            kept = state["embeddings.weight"][:config.codebook_size + 1]
+            state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
+        model.load_state_dict(state)
 
-def positive(text):
-    if int(text) < 1:
-        raise ValueError  # of which argparse makes a line
-    return int(text)
+def add_command(commands, function, names):
+    """A command with flags for these settings. Returns a function that adds others."""
+    command = commands.add_parser(function.__name__.removesuffix("_command"))
+    command.set_defaults(function=function)
+    flag = command.add_argument
+    for name in names:
+        default = getattr(Config, name)
+        options = dict(type=type(default), choices=PRESETS if name == "model" else None)
+        if type(default) is tuple:
+            options = dict(type=float, nargs=2)
+        if type(default) is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        flag(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
+    flag("--device", choices=["cuda", "cpu"])
+    flag("--precision", choices=["float32", "tf32", "bfloat16"], help="of matrix products")
+    if function != train_command:
+        flag("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
+    return flag
 
-def run(argv):
+def run_command(argv):
     parser = argparse.ArgumentParser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
-    train = commands.add_parser("train", help="train a model", description="[defaults of RAR-B]")
-    train.add_argument("--model", choices=PRESETS, help="preset of the settings [by the data]")
-    train.add_argument("--out", help="folder of the run [runs/DATA-MODEL]")
-    sample = commands.add_parser("sample", help="draw pictures")
-    sample.add_argument("--classes", nargs="+", help="numbers or names [all]")
-    sample.add_argument("--count", type=positive, help="pictures [5 of each class]")
-    sample.add_argument("--out", help="X.png for a grid, X.npz, or X/ for a PNG each [a new grid]")
-    sample.add_argument("--complete", metavar="PICTURE", help="picture to complete")
-    sample.add_argument("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
-                        help="pixels of its central square that stay")
-    evaluation = commands.add_parser("eval", help="held-out bits per token")
-    for command in (sample, evaluation):
-        command.add_argument("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
+    add_command(commands, eval_command, ["data", "order", "micro_batch"])
+    flag = add_command(commands, train_command, HELP)
+    flag("--out", help="folder of the run [runs/DATA-MODEL]")
 
-    for command, function, names, on_cuda in [
-            (train, train_command, HELP, "bfloat16"),
-            (sample, sample_command, [*SAMPLING, "micro_batch"], "tf32"),
-            (evaluation, eval_command, ["data", "order", "micro_batch"], "tf32")]:
-        command.set_defaults(function=function, on_cuda=on_cuda)
-        for name in names:
-            default = getattr(Config, name)
-            options = dict(type=positive if type(default) is int and default else type(default))
-            if isinstance(default, tuple):
-                options = dict(type=float, nargs=len(default))
-            if isinstance(default, bool):
-                options = dict(action=argparse.BooleanOptionalAction)
-            command.add_argument(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
-        command.add_argument("--device", choices=["cuda", "cpu"])
-        command.add_argument("--precision", choices=["float32", "tf32", "bfloat16"],
-                             help=f"of matrix products [{on_cuda} on cuda, else float32]")
-    sample.set_defaults(seed=1)  # Seed 0 would draw the preview again.
+    flag = add_command(commands, sample_command, [*SAMPLING, "micro_batch"])
+    flag("--classes", nargs="+", help="numbers or names [all]")
+    flag("--count", type=int, help="pictures [5 of each class]")
+    flag("--out", help="X.png for a grid, X.npz, or X for a PNG each [a new grid]")
+    flag("--complete", metavar="PICTURE", help="picture to complete")
+    flag("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
+         help="pixels of its central square that stay [the upper half]")
     args = parser.parse_args(argv)
+
     given = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}
-    device, args.precision, autocast = choose_device(args.device, args.precision, args.on_cuda)
+    if args.function == sample_command:
+        given = {"seed": 1} | given  # Seed 0 would draw the preview again.
+    on_cuda = "bfloat16" if args.function == train_command else "tf32"
+    device, args.precision, autocast = choose_device(args.device, args.precision, on_cuda)
     with processes(device):
         args.function(args, given, device, autocast)
 
 def main(argv=None):
-    """Run a command. Returns its exit code: 0, 2 for a mistake, which one line explains, or 130
-    for Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # Not all file names are Unicode.
+    """Run a command. Returns its exit code: 0, 2 for a mistake, or 130 for Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for odd file names
     try:
-        run(argv)
+        run_command(argv)
         return 0
-    except KeyboardInterrupt as error:
-        code, message = 130, str(error) or "interrupted: run the same command to continue"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted: run the same command to continue"
     except (UserError, OSError) as error:
         code, message = 2, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        # torch has other words for it on a CPU.
-        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
+        if not re.search("MemoryError|(of|allocate) memory", repr(error)):
             raise
         code, message = 2, "error: out of memory: lower --micro-batch or --batch"
     if RANK > 0:
@@ -1185,45 +1147,40 @@ def main(argv=None):
     return code
 
 # ---- 11. Processes and files
-# torchrun starts a process for each GPU, and tells it its number, its rank, by these variables.
-TOLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-RANK = int(os.environ["RANK"]) if TOLD else 0
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TOLD else 0  # on this machine
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TOLD else 1
 
 def choose_device(name, precision, on_cuda):
     """The device, the precision of matrix products, and its autocast context."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU")
-    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else "cpu")
+    device = torch.device(f"cuda:{TOLD.get('LOCAL_RANK', 0)}" if name == "cuda" else "cpu")
     # Older cards have no TF32, and would emulate bfloat16 slowly.
     is_new = name == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     precision = precision or (on_cuda if is_new else "float32")
-    if precision != "float32" and not is_new and (precision, name) != ("bfloat16", "cpu"):
+    if not is_new and (precision == "tf32" or name == "cuda" and precision == "bfloat16"):
         raise UserError(f"--precision {precision} needs a GPU of compute capability 8 or more")
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
-    # Trap: cuDNN's attention makes a plan for every length, of which there are many.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
 
-@contextlib.contextmanager
+@contextmanager
 def processes(device):
     """Join the processes of torchrun, if there are any. Only rank 0 talks."""
     if WORLD_SIZE == 1:
         yield
         return
-    backend = "gloo"
     if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    # Rank 0 may work for long while the others wait. torchrun notices who has died.
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    # The others may wait for rank 0 for long.
+    dist.init_process_group(timeout=datetime.timedelta(days=1))
     with open(os.devnull, "w") as null:
         out, err = (null, null) if RANK > 0 else (sys.stdout, sys.stderr)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            yield
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                yield
+            except KeyboardInterrupt:  # comes to all of them
+                dist.destroy_process_group()
+                raise
     dist.destroy_process_group()  # not after an error, or the others would fail first
 
 def sum_over_processes(tensor):
@@ -1237,16 +1194,15 @@ def in_any_process(flag):
 def wait_for_all():
     in_any_process(False)
 
-@contextlib.contextmanager
+@contextmanager
 def noting_signals():
     """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one strikes at once."""
-    noted, before = [], {}
-
     def note(number, frame):
-        noted.append(number)
-        signal.signal(number, before[number])
         tqdm.write("stopping after this update", file=sys.stderr)
+        noted.append(number)
+        signal.signal(number, signal.default_int_handler)
 
+    noted, before = [], {}
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
             before[number] = signal.signal(number, note)
@@ -1256,9 +1212,9 @@ def noting_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-@contextlib.contextmanager
+@contextmanager
 def locked(folder):
-    """Refuse a second training run in a folder."""
+    """Refuse a second training run in a folder, where there are locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         try:
@@ -1266,40 +1222,36 @@ def locked(folder):
             if RANK == 0:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} is in use by another training run: wait, or choose "
-                            "another --out")
+            raise UserError(f"{folder} is in use by another training run: choose another --out")
         except (ImportError, OSError):
-            pass  # Nor have some file systems such locks.
+            pass  # nor have some file systems
         wait_for_all()
         yield
 
 def write_text(path, text):
-    with replacing(path) as beside:
-        beside.write_text(text)
+    with replacing(path) as part:
+        part.write_text(text)
 
 def write_tensors(path, tensors):
-    with replacing(path) as beside, open(beside, "wb") as file:
+    with replacing(path) as part, open(part, "wb") as file:
         try:
             torch.save(tensors, file)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"cannot write {path}: {error.__context__ or error}")
+        except RuntimeError as error:  # It hides that the disk is full.
+            raise error.__context__ or error
+
+@contextmanager
+def reading(path):
+    """Make one line that names the file of any error, of which torch has many kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit the model, or is damaged: {reason}")
 
 def read_tensors(path):
     """The dictionary that torch.save wrote to a file. Nothing in it is executed."""
-    try:
+    with reading(path):
         return dict(torch.load(path, "cpu", weights_only=True, mmap=True))
-    except OSError:
-        raise
-    except Exception:  # torch has a dozen kinds for a damaged file.
-        raise UserError(f"{path} holds no tensors by torch.save, or is damaged")
-
-def load_state(model, state, path, assign=False):
-    """Copy a state dict into a model, or assign it. Names and shapes must agree."""
-    try:
-        model.load_state_dict(state, assign=assign)
-    except RuntimeError as error:
-        first = str(error).split("\n")[1].strip()
-        raise UserError(f"{path} does not fit the model: {first}")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -308,7 +308,7 @@ def read_crops(files, size):
     futures = read_ahead(files, size)
     crops = [future.result() for future in futures if not future.exception()]
     if not crops:
-        raise UserError(f"{files[0]} and all others can't be read")
+        raise UserError("none of the pictures can be read")
     return to_float(np.concatenate(crops))
 
 def class_folders(folder):
