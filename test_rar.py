@@ -471,37 +471,6 @@ def test_damaged_pictures(photographs, capsys):
         assert not is_right or (said.count("out photos/dogs/") == 10 and r"\udcff.png: " in said)
         assert np.load("rows.npy")[:, 0].tolist() == [n for n, _ in photographs]
 
-def test_rows_are_found_again(photographs, monkeypatch):
-    """By tokenizer, crops, and the place, size and time of each picture."""
-    tokenizer, made = tok.PatchTokenizer(8, 4, 32), calls(monkeypatch, rar, "encode_shards")
-    for change, crops, count in [
-            (bool, "center", 1), (bool, "center", 1), (bool, "flip", 2),
-            (lambda: tokenizer.codebook.fill_(0.1), "flip", 3),
-            (lambda: os.utime(photographs[0][1], (0, 0)), "flip", 4), (bool, "flip", 4)]:
-        change()
-        assert len(rar.encoded(photographs, tokenizer, crops, "x")) == 37 * tok.CROPS[crops]
-        assert len(made) == count
-
-def test_token_file(workplace):
-    """Blocks of ten lines are held out, since crops of a picture follow each other."""
-    def rows_of(entries):
-        Path("x.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        tok.import_jsonl("x.jsonl", "t/train.npy", "t/held.npy", 9, 16, 32)
-        return np.load("t/train.npy"), np.load("t/held.npy")
-
-    entries = [dict(class_id=n // 50, tokens=[n % 32] * 16) for n in range(433)]
-    for rows, is_held_out in zip(rows_of(entries), (False, True)):
-        numbers = np.flatnonzero((np.arange(433) // 10 % 20 == 19) == is_held_out)
-        assert np.array_equal(rows, [[n // 50] + [n % 32] * 16 for n in numbers])
-        assert rows.dtype == np.uint16
-    shutil.rmtree("t")
-    for class_id, *tokens in [(0,), (0, 0), *[(0, x, 0) for x in (32, -1, 0.5, True, "1")],
-                              (9, 0, 0), (-1, 0, 0), (None, 0, 0)]:
-        entries[299] = dict(class_id=class_id, tokens=tokens[:1] + 15 * tokens[1:])
-        with pytest.raises(tok.UserError, match="x.jsonl, line 300: expected"):
-            rows_of(entries)
-    assert not os.listdir("t")
-
 # ---- The commands: training
 
 TRAIN = ("train --steps 6 --save-every 4 --log-every 1 --batch 16 --width 32 --depth 1 "
@@ -526,12 +495,8 @@ def log_of(run):
 
 def contents(folder):
     """What each file of a folder holds. Equal checkpoints may differ in their bytes."""
-    def values(path):
-        leaves = torch.utils._pytree.tree_leaves(rar.read_tensors(path))
-        return [x.numpy().tobytes() if torch.is_tensor(x) else x for x in leaves]
-
-    return {path.name: values(path) if path.match("checkpoint*.pt") else path.read_bytes()
-            for path in Path(folder).iterdir() if path.is_file()}
+    return {path.name: path.read_bytes() if path.name[:10] != "checkpoint"
+            else str(rar.read_tensors(path)) for path in Path(folder).iterdir() if path.is_file()}
 
 def at_step(monkeypatch, number, do):
     """Have the next training do something before update `number`."""
@@ -636,7 +601,6 @@ def test_mistakes(workplace, capsys, monkeypatch):
     for line in """train --order zigzag --out a
 train --precision tf32 --device cpu
 train --min-lr 1
-train --heads 3
 train --anneal 0.9 0.1
 train --grid-size 5 --out a
 train --out file/run | 'file/run'
@@ -662,27 +626,51 @@ eval --data photos""".splitlines():
         works("eval")
 
 def test_train_on_photographs(photographs, capsys):
-    touch(*[f"photos/cats/{n}.png" for n in range(9)])  # damaged
+    def rows():
+        return [len(np.load(path)) for path in sorted(Path("runs/tokens").glob("*.npy"))]
+
     works(*SMALL)
-    run, log = Path("runs/photos-small"), log_of("runs/photos-small")
-    rows = {path.name[:9]: len(np.load(path)) for path in Path("runs/tokens").glob("*.npy")}
-    assert rows == {"photos-tr": 370, "photos-he": 3}
-    assert log[-1]["passes"] == pytest.approx(6 * 16 / 37)
+    log = log_of("runs/photos-small")
+    assert rows() == [3, 370] and log[-1]["passes"] == pytest.approx(6 * 16 / 37)
+    works(*SMALL, "--out", "other")
+    assert rows() == [3, 370]
+    os.utime(photographs[0][1], (0, 0))  # now it may be another picture
+    works(*SMALL, "--out", "again")
+    assert rows() == [3, 370, 370]
     shutil.rmtree("runs/tokens")
-    works("eval", "--data", "photos/")  # makes the held-out rows only
+    works(*"eval --weights runs/photos-small --data photos/".split())  # needs no others
     assert f" {log[-1]['final_order_bits']:.3f} bits/token in raster" in capsys.readouterr().out
-    assert [path.name[:9] for path in Path("runs/tokens").iterdir()] == ["photos-he"]
+    assert rows() == [3]
     paint("photos/cows/1.png")
     assert "has --num-classes 2" in refused(SMALL, capsys)
     assert rar.evenly(range(10), 4) == [0, 2, 5, 7] and rar.evenly(range(3), 4) == [0, 1, 2]
 
 def test_train_on_tokens(trained, capsys):
-    entries = [dict(class_id=n % 1000, tokens=[n % 32] * 64) for n in range(400)]
-    Path("x.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    works(*TRAIN, *"--data x.jsonl --model tiny --tokenizer runs/shapes-tiny/tokenizer.pt".split())
+    """Blocks of ten lines are held out, since crops of a picture follow each other."""
+    train = (" ".join(TRAIN) + " --data x.jsonl --model tiny --tokenizer "
+             "runs/shapes-tiny/tokenizer.pt").split()
+
+    def write(entries):
+        Path("x.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+    entries = [dict(class_id=n, tokens=[n % 32] * 64) for n in range(433)]
+    write(entries)
+    works(*train)
+    held_out, rows = map(np.load, sorted(Path("runs/tokens").glob("*.npy")))
+    is_held_out = np.arange(433) // 10 % 20 == 19
+    for rows, chosen in ((held_out, is_held_out), (rows, ~is_held_out)):
+        assert np.array_equal(rows, [[n] + [n % 32] * 64 for n in np.flatnonzero(chosen)])
+        assert rows.dtype == np.uint16
     works("eval", "--weights", "runs/x-tiny")
     bits = log_of("runs/x-tiny")[-1]["final_order_bits"]
     assert f"held-out {bits:.3f} bits" in capsys.readouterr().out
+    shutil.rmtree("runs/tokens")
+    for class_id, *tokens in [(0,), (0, 0), *[(0, x, 0) for x in (32, -1, 0.5, True, "1")],
+                              (1000, 0, 0), (-1, 0, 0), (None, 0, 0)]:
+        entries[299] = dict(class_id=class_id, tokens=tokens[:1] + 63 * tokens[1:])
+        write(entries)
+        assert "x.jsonl, line 300: expected" in refused(train, capsys)
+    assert not os.listdir("runs/tokens")
 
 def test_fine_tuning(photographs, capsys):
     """In the only update of a second run the learning rate is 0."""
@@ -698,7 +686,7 @@ def test_fine_tuning(photographs, capsys):
         assert torch.equal(first[name][:33], more[name][:33])
     classes = more["embeddings.weight"][33:]
     assert len(classes) == 4 and (classes[:2] != first["embeddings.weight"][33:35]).all()
-    assert "first does not fit" in refused([*second, "c", "--width", "64"], capsys)
+    assert "first" in refused([*second, "c", "--width", "64"], capsys)
 
 # ---- The commands: released weights, pictures
 
@@ -853,10 +841,9 @@ def test_reconstruct(trained, capsys):
         works(*again, out, main=tok.main)
     assert Image.open("a.png").width == 4 * 68 + 4
     tokenizer, pictures = tok.load("runs/shapes-tiny/tokenizer.pt"), pixels_of("a-originals.npz")
-    for path, pixels in zip(("photos/big.jpg", "photos/other.png"), pictures, strict=True):
-        assert np.array_equal(tok.read_picture(path, 32)[0], pixels)
+    assert np.array_equal(tok.read_picture("photos/big.jpg", 32)[0], pictures[0])
     decoded = tokenizer.decode(tokenizer.encode(tok.to_float(pictures)))
-    assert np.array_equal(pixels_of("a.npz"), tok.to_uint8(decoded))
+    assert np.array_equal(pixels_of("a.npz"), tok.to_uint8(decoded)) and len(pictures) == 2
     for out in ("b.jpg", "photos/other.png"):
         assert f"--out {out}" in refused([*again, out], capsys, tok.main)
 
@@ -875,7 +862,7 @@ def stop(*x):
     return torch.initial_seed()
 rar.PatchTokenizer.encode = noting(rar.PatchTokenizer.encode, lambda *x: "encode")
 rar.train_step = noting(rar.train_step, stop)
-rar.generate = noting(rar.generate, lambda *x: len(x[1]))
+rar.generate = noting(rar.generate, lambda *x: "generate")
 sys.exit(rar.main())
 """
 
@@ -897,16 +884,13 @@ def test_two_processes_and_then_one(photographs):
         assert len({*result.stdout.splitlines()}) == len(result.stdout.splitlines())  # rank 0's
     assert contents("runs/tokens") == rows and log_of("two")[-1]["step"] == 5
     did = [Path(f"did-{rank}").read_text().split() for rank in (0, 1)]
-    assert len({word for word in did[0] + did[1] if len(word) > 6}) == 2 * 5  # seeds
-    assert did[1].count("encode") == 12 and [x[-3:] for x in did] == [["4"] * 3, ["4", "4", "3"]]
+    assert len({word for word in did[0] + did[1] if word.isdecimal()}) == 2 * 5  # seeds
+    assert did[1].count("encode") == 12 and did[1].count("generate") == 3  # of its share only
     works(*NPZ, "x/", "--weights", "two")
     assert differing("x", "x.npz") <= 1
     works(*train, "two")
     for one, two in zip(log_of("one"), log_of("two"), strict=True):
         assert one == pytest.approx(two, rel=1e-5)
-    one, two = (rar.read_tensors(f"{run}/weights.pt") for run in ("one", "two"))
-    for name in one.keys() - {"blocks.0.attn.k_norm.bias"}:  # has no gradient but noise
-        assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
 
 # ---- fid.py
 
