@@ -632,11 +632,11 @@ def test_train_on_photographs(photographs, capsys):
     works(*SMALL)
     log = log_of("runs/photos-small")
     assert rows() == [3, 370] and log[-1]["passes"] == pytest.approx(6 * 16 / 37)
-    works(*SMALL, "--out", "other")
-    assert rows() == [3, 370]
+    works(*SMALL, "--out", "other", "--codebook-size", "30")
+    assert rows() == [3, 3, 370, 370]
     os.utime(photographs[0][1], (0, 0))  # now it may be another picture
     works(*SMALL, "--out", "again")
-    assert rows() == [3, 370, 370]
+    assert rows() == [3, 3, 370, 370, 370]
     shutil.rmtree("runs/tokens")
     works(*"eval --weights runs/photos-small --data photos/".split())  # needs no others
     assert f" {log[-1]['final_order_bits']:.3f} bits/token in raster" in capsys.readouterr().out
