@@ -7,8 +7,8 @@
     python rar.py eval               its bits per token on held-out pictures
 
 A tokenizer (tokenizer.py) cuts a picture into a grid of cells and replaces each cell by a token:
-the number of the codebook entry that comes nearest. A transformer learns to predict the tokens one
-by one, as a language model predicts words. New pictures are drawn from it token by token.
+the number of the codebook entry that is most like it. A transformer learns to predict the tokens
+one by one, as a language model predicts words. New pictures are drawn from it token by token.
 
 In which order? In raster order, row by row, a token is predicted only from what is above it and to
 its left. In random orders it is predicted from any other cells, so the model learns how every cell
@@ -125,10 +125,10 @@ class MLP(nn.Module):
         return self.dropout(self.fc2(x))
 
 class Block(nn.Module):
-    """A transformer block that is told class and slot by adaLN, as DiT is told class and time: a
-    linear layer maps the sum of their embeddings to six vectors, the modulation. They shift and
-    scale what enters attention and MLP, and gate what leaves them. Unlike DiT's, norm1 and norm2
-    have weights of their own, too, because those of the released models do."""
+    """A transformer block with adaLN, as in DiT: a linear layer maps the sum of the embeddings of
+    class and slot to six vectors, the modulation. They shift and scale what enters attention and
+    MLP, and gate what leaves them. So each block is told class and slot directly, not through the
+    sequence only. Unlike DiT's, the norms have weights of their own, as in the released models."""
 
     def __init__(self, config):
         super().__init__()
@@ -156,8 +156,8 @@ class RAR(nn.Module):
         self.config = config
         D, T = config.width, config.grid_size**2
 
-        # cls comes from ViT, where a classifier reads its slot. Here nothing is read from it, but
-        # the released models were trained with it.
+        # cls comes from ViT, where a classifier reads its slot. Here no prediction is read from it,
+        # but the released models were trained with it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         # Rows for V tokens, then one that is unused, the classes, and "no class".
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
@@ -227,7 +227,7 @@ def training_loss(model, tokens, labels, orders):
     """The mean cross entropy in nats, and the fraction of tokens predicted right.
 
     The loss begins near ln V, that of a guess among V tokens. It ends near 6 for the released
-    models, because textures can't be predicted, and near 0.44 for the drawn shapes."""
+    models, because textures can't be predicted, and near 0.44 (0.63 bits) for the drawn shapes."""
     logits = model(tokens, labels, orders)  # (B, T, V)
     targets = tokens.gather(1, orders)  # (B, T)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -237,9 +237,9 @@ def training_loss(model, tokens, labels, orders):
 
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
-    are drawn from u + g (c - u), with logits c given the class and u without it. A g above 1
-    overshoots towards the class: pictures become more typical and less varied. g goes from 1 to
-    `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
+    are drawn from u + g (c - u), with logits c given the class and u without it. With g above 1,
+    what the class makes likelier becomes likelier still: pictures get more typical, less varied. g
+    goes from 1 to `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 def draw(logits, temperature, uniforms):
@@ -278,7 +278,8 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
 # ---- 4. Training, plainly
 
 def learning_rate(step, steps, warmup, peak, floor):
-    """A line from 0 to `peak` at update `warmup`, then half a cosine to `floor` at `steps`."""
+    """A line from 0 to `peak` at update `warmup`, then half a cosine to `floor` at `steps`. (So
+    the very first update changes nothing, as in the authors' code.)"""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(steps - warmup, 1)
@@ -289,7 +290,7 @@ def make_optimizer(model, config):
     decayed = dict(params=[], weight_decay=config.weight_decay)
     others = dict(params=[], weight_decay=0.0)
     for name, parameter in model.named_parameters():
-        # Trap: adaln_before_head is spared by its "ln", blocks.*.adaLN_modulation is not.
+        # Trap: case counts. adaln_before_head is spared by its "ln", blocks.*.adaLN_... is not.
         is_spared = parameter.ndim < 2 or "ln" in name or "embed" in name
         group = others if is_spared else decayed
         group["params"].append(parameter)
@@ -305,6 +306,7 @@ def whole_batch(rows, config, step, rng):
     """Tokens (B, T) and labels (B,) of update `step`, of rows (N, 1 + T) that hold a class and
     tokens in cell order. It is a function of seed and step, so a run can stop and go on."""
     B, N = config.batch, len(rows)
+    # Sample i of the endless stream lies in epoch i // N.
     index = [shuffled(N, config.seed, i // N)[i % N] for i in range(step * B, (step + 1) * B)]
     batch = torch.from_numpy(rows[index].astype(np.int64))  # (B, 1 + T)
     labels, tokens = batch[:, 0], batch[:, 1:]
@@ -398,7 +400,7 @@ class Cache:
     def attend(self, q, k, v, dropout):
         """Attention of the next slot to itself and to those before. All (B, H, 1, D/H)."""
         if self.filled == 0:
-            # Under autocast v is bfloat16, and k float32 after its norm.
+            # Both of v's type: under autocast that is bfloat16, but k's float32, after its norm.
             shape = *v.shape[:2], self.slots, v.shape[3]
             self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
         self.keys[:, :, self.filled] = k[:, :, 0]
@@ -437,12 +439,12 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     # adaLN's tables have a row for each picture, and a last one for "no class".
     copies = 1 if scale in (0, 1) else 2
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
-    row = torch.arange(copies * B, device=device).clamp(max=B)  # of each sequence
+    table_row = torch.arange(copies * B, device=device).clamp(max=B)  # of each sequence
     positions = model.position_embeddings(orders).repeat(copies, 1, 1)  # (copies * B, T + 1, D)
     caches = [Cache(T + 1) for _ in model.blocks]
 
     # Slots hold cls, the class, and then the tokens as they are drawn.
-    prompt = model.prompt(classes[row])  # (copies * B, 2, D)
+    prompt = model.prompt(classes[table_row])  # (copies * B, 2, D)
     for slot in range(T + 1):
         if slot % AHEAD == 0:
             tables = head_table = None  # or memory would hold the old ones and the new
@@ -450,14 +452,15 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         x = prompt[:, slot] if slot < 2 else model.embeddings(token).repeat(copies, 1)
         x = (x + positions[:, slot])[:, None]  # (copies * B, 1, D)
         for block, table, cache in zip(model.blocks, tables, caches):
-            x = block(x, table[row, slot % AHEAD, None], cache.attend)
+            modulation = table[table_row, slot % AHEAD, None]  # (copies * B, 1, 6D)
+            x = block(x, modulation, cache.attend)
         if slot == 0:  # predicts nothing
             continue
 
         t = slot - 1
         # In float32 also under autocast, because guidance would amplify rounding.
         with torch.autocast(device.type, enabled=False):
-            modulation = head_table[row, slot % AHEAD, None].float()
+            modulation = head_table[table_row, slot % AHEAD, None].float()
             logits = model.head(x.float(), modulation)[:, 0]
         if copies == 2:
             conditional, unconditional = logits.chunk(2)
@@ -556,7 +559,8 @@ def train_step(network, optimizer, config, batch, step, autocast):
         network.require_backward_grad_sync = stop >= count
         with autocast:
             loss, accuracy = training_loss(network, *inputs)
-        # DDP averages over processes, but these fractions are to be added up.
+        # Each loss counts as its fraction of the batch. Over all micro-batches and processes these
+        # add up to 1. But DDP averages over processes, so their number is a factor.
         (loss * fraction * WORLD_SIZE).backward()
         sums += fraction * torch.stack([loss.detach(), accuracy])
 
@@ -575,7 +579,8 @@ def evaluate(model, rows, config, autocast):
         nats = 0
         for part in torch.arange(len(rows)).split(config.micro_batch):
             inputs = [x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
-            with autocast:  # model.forward is not compiled, since sizes differ here
+            with autocast:
+                # Not the model itself, which torch.compile would compile again for these sizes.
                 loss, _ = training_loss(model.forward, *inputs)
             nats += loss.item() * len(part)
         bits[name] = nats / len(rows) / math.log(2)
@@ -631,7 +636,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                 line |= evaluate(model.eval(), held_out, config, autocast)
                 bar.write(f"update {done}: {in_words(config, line)}")
                 save_preview(folder, done, model, tokenizer, config, autocast)
-            if RANK == 0 and done in logged:  # A stop leaves no line, or logs would differ.
+            if RANK == 0 and done in logged:  # A stop leaves no line, as if it had not been.
                 log.append(line)
                 write_text(folder / "log.jsonl", "\n".join([*map(json.dumps, log), ""]))
             if RANK == 0 and (done in milestones or stop):
