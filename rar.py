@@ -743,16 +743,16 @@ class Config:
     def __post_init__(self):
         for name in ("anneal", "betas", "class_names"):  # argparse and JSON make lists.
             setattr(self, name, tuple(getattr(self, name)))
+        for name, value in vars(self).items():
+            if type(value) is int and value < (name != "seed"):
+                raise UserError(f"{flag_of(name)} {value} is too small")
         start, end = self.anneal
         for is_right, rule in [
                 (0 <= start <= end <= 1, "--anneal wants two fractions of training, in order"),
                 (0 <= self.min_lr <= self.lr, "--min-lr must be from 0 to --lr"),
-                (self.seed >= 0, "--seed must not be negative"),
                 (self.width % self.heads == 0, "--heads must divide --width"),
                 (self.image_size % self.grid_size == 0, "--grid-size must divide --image-size"),
-                (self.crops in CROPS, f"--crops must be one of {', '.join(CROPS)}"),
-                (min(self.steps, self.batch, self.micro_batch, self.log_every, self.save_every) > 0,
-                 "--steps, --batch, --micro-batch, --log-every, --save-every must be above 0")]:
+                (self.crops in CROPS, f"--crops must be one of {', '.join(CROPS)}")]:
             if not is_right:
                 raise UserError(rule)
 
@@ -793,7 +793,7 @@ def continued(folder, given):
     """The Config of a run that goes on. Flags that are given change it, if they may."""
     if "log" not in read_tensors(checkpoints(folder)[0]):
         raise UserError(f"{folder} is of an earlier edition: choose another --out")
-    config = read_config(folder)
+    config = read_config(folder) or Config()
     changed = replace(config, **given)
     for name, old in vars(config).items():
         new = getattr(changed, name)
@@ -833,6 +833,9 @@ def evenly(items, most):
 
 def make_tokenizer(config, pictures):
     """The tokenizer of a new run."""
+    if config.init:  # Tokens must mean the same as for the weights to start from.
+        _, theirs, folder = load_model(config.init, {}, torch.device("cpu"))
+        return open_tokenizer(theirs, folder)
     if config.tokenizer != "patch":
         return load(released_tokenizer() if config.tokenizer == "released" else config.tokenizer)
     if config.data == "shapes":
@@ -845,7 +848,9 @@ def make_tokenizer(config, pictures):
 def open_tokenizer(config, folder):
     """The tokenizer of the weights in a folder: its own, or the released one."""
     path = folder / "tokenizer.pt"
-    tokenizer = load(path if path.exists() else released_tokenizer())
+    sizes = config.grid_size, config.codebook_size
+    is_released = sizes == (16, 1024) and not path.exists()
+    tokenizer = load(released_tokenizer() if is_released else path)
     for name in ("grid_size", "codebook_size"):
         size = getattr(tokenizer, name)
         if size != getattr(config, name):
@@ -875,7 +880,7 @@ def open_rows(config, pictures, held_out, tokenizer):
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
 
-    rows, pictures = [], evenly(pictures, config.photographs)
+    rows = []
     if pictures:  # eval has none
         rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
@@ -911,13 +916,14 @@ def train_command(args, given, device, autocast):
     if checkpoints(folder):
         config = continued(folder, given)
     else:
-        chosen, count = dict(model=preset), len(pictures)
+        chosen, count = dict(model=preset), min(len(pictures), given.get("photographs", 60_000))
         if data == "shapes":
             chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
         if preset == "small" and 0 < count < 2000:  # or they would be memorised
             chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                            crops="ten", dropout=0.2)
         config = replace(PRESETS[preset], **chosen | given)
+    pictures = evenly(pictures, config.photographs)
     scan_order(config.order, config.grid_size)  # refuses a wrong name before the long work
     if config.batch % WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
@@ -977,6 +983,8 @@ def sample_command(args, given, device, autocast):
     path = Path(args.out or folder / f"samples-{fingerprint(tokenizer, settings, count)}.png")
     if args.out and path.is_file():
         raise UserError(f"{path} is there already: choose another --out")
+    if path.suffix not in (".png", ".npz", "") and not path.is_dir():
+        raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder")
     if path.suffix == ".png" and count > 5000:
         raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder")
     # Numbered PNGs, of which a grid or an .npz is made in the end
@@ -1029,8 +1037,11 @@ def save_png(path, pixels):
 def eval_command(args, given, device, autocast):
     model, config, folder = load_model(args.weights, given, device)
     names, _, held_out = find_data(config.data)
-    if len(names) not in (0, config.num_classes):
-        raise UserError(f"--data {config.data} has {len(names)} classes, unlike the model")
+    known = config.class_names or names
+    if names and (len(names) != config.num_classes or names != known):
+        others = [name for name in names if name not in known][:10]
+        raise UserError(f"--data {config.data} has other classes than the model: {len(names)}, "
+                        f"among them {', '.join(others)}")
     tokenizer = open_tokenizer(config, folder).to(device)
     _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
@@ -1085,7 +1096,8 @@ def load_init(model, config):
     other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
     state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
     with reading(config.init):
-        if config.num_classes != theirs.num_classes:
+        known = theirs.class_names or config.class_names  # Released weights have no names.
+        if (config.num_classes, config.class_names) != (theirs.num_classes, known):
             kept = state["embeddings.weight"][:config.codebook_size + 1]
             state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
         model.load_state_dict(state)
