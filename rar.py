@@ -791,9 +791,12 @@ def read_config(folder):
 
 def continued(folder, given):
     """The Config of a run that goes on. Flags that are given change it, if they may."""
-    if "log" not in read_tensors(checkpoints(folder)[0]):
+    newest = checkpoints(folder)[0]
+    if "log" not in read_tensors(newest):
         raise UserError(f"{folder} is of an earlier edition: choose another --out")
     config = read_config(folder) or Config()
+    if newest.name == f"checkpoint-{config.steps:07}.pt":
+        print(f"{folder} is finished: for a new run, choose another --out")
     changed = replace(config, **given)
     for name, old in vars(config).items():
         new = getattr(changed, name)
@@ -901,6 +904,7 @@ def encoded(pictures, tokenizer, crops, name):
 # ---- 10. Commands
 
 def train_command(args, given, device, autocast):
+    """Train a model."""
     old = args.out and read_config(args.out) or Config()
     data = str(Path(given.get("data", old.data)))  # "photos/" is "photos"
     names, pictures, held_out = find_data(data)
@@ -950,6 +954,7 @@ def train_command(args, given, device, autocast):
           f"next: python rar.py sample --weights {folder}")
 
 def sample_command(args, given, device, autocast):
+    """Draw pictures."""
     model, trained, folder = load_model(args.weights, {}, device)
     config = replace(trained, **dict(micro_batch=64 if device.type == "cpu" else 128) | given)
     fit_micro_batch(config, given, device, 4, 25)
@@ -1035,6 +1040,7 @@ def save_png(path, pixels):
         Image.fromarray(pixels).save(part, "PNG", compress_level=1)
 
 def eval_command(args, given, device, autocast):
+    """Bits per token on held-out pictures."""
     model, config, folder = load_model(args.weights, given, device)
     names, _, held_out = find_data(config.data)
     known = config.class_names or names
@@ -1104,7 +1110,8 @@ def load_init(model, config):
 
 def add_command(commands, function, names):
     """A command with flags for these settings. Returns a function that adds others."""
-    command = commands.add_parser(function.__name__.removesuffix("_command"))
+    name = function.__name__.removesuffix("_command")
+    command = commands.add_parser(name, help=function.__doc__)
     command.set_defaults(function=function)
     flag = command.add_argument
     for name in names:
