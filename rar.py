@@ -744,7 +744,7 @@ class Config:
         for name in ("anneal", "betas", "class_names"):  # argparse and JSON make lists.
             setattr(self, name, tuple(getattr(self, name)))
         for name, value in vars(self).items():
-            if type(value) is int and value < (name != "seed"):
+            if type(getattr(Config, name)) is int and value < (name != "seed"):
                 raise UserError(f"{flag_of(name)} {value} is too small")
         start, end = self.anneal
         for is_right, rule in [
