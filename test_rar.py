@@ -212,6 +212,20 @@ def test_the_same_tokens(scale, aware):
             model, labels, scale, 1.0, 0.9, uniforms=others, orders=orders, known=known)
         assert (tokens != slow).any(dim=1).sum() <= 1  # by rounding
 
+def test_bfloat16_is_stored():
+    """With the logits of autocast."""
+    model = closed_form(RAR(TINY)).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(TOKENS, LABELS, ORDERS)
+        rar.to_bfloat16(model)
+        assert torch.equal(model(TOKENS, LABELS, ORDERS), expected)
+    assert {p.dtype for p in model.blocks[0].mlp.parameters()} == {torch.bfloat16}
+
+def test_labels_are_dropped():
+    config = dataclasses.replace(TINY, batch=1000, label_dropout=0.3)
+    _, labels, *_ = rar.draw_batch(ROWS, config, 0)
+    assert (labels == 10).float().mean().item() == pytest.approx(0.3, abs=0.05)
+
 def test_cache():
     q, k, v = torch.randn(3, 2, 4, 9, 8)
     cache = rar.Cache(9)
