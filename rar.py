@@ -11,9 +11,9 @@ the number of the codebook entry that is most like it. A transformer learns to p
 one by one, as a language model predicts words. New pictures are drawn from it token by token.
 
 In which order? In raster order, row by row, a token is predicted only from what is above it and to
-its left. In random orders it is predicted from any other cells, so the model learns how every cell
-depends on every other, and raster order profits from that. So RAR maximises, on average over
-pictures x and orders o, the sum over i of
+its left. In random orders it is predicted from any other cells. So the model learns how every cell
+depends on every other, and raster order profits from that. RAR maximises, on average over pictures
+x and orders o, the sum over i of
 
     log p(x_o(i) | x_o(1), ..., x_o(i-1), class)
 
@@ -140,8 +140,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, modulation, attend=causal):
-        """(B, S, D) -> (B, S, D). The modulation (B, S, 6D) and the function that attends come
-        from outside, because sampling with a cache has other ones (section 6)."""
+        """(B, S, D) -> (B, S, D). The modulation (B, S, 6D) and the function that attends are
+        arguments, because sampling with a cache has other ones (section 6)."""
         (shift_attn, scale_attn, gate_attn,
          shift_mlp, scale_mlp, gate_mlp) = modulation.chunk(6, dim=-1)  # (B, S, D) each
         x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, attend)
@@ -825,7 +825,7 @@ def find_data(data):
     if data == "shapes":
         return tuple(SHAPES), [], []
     if data.endswith(".jsonl"):
-        Path(data).stat()  # or the system says that it isn't there
+        Path(data).stat()  # because a wrong path should show before the long work
         return (), [], []
     return tuple(folder.name for folder in class_folders(data)), *labelled_pictures(data)
 
@@ -897,6 +897,8 @@ def encoded(pictures, tokenizer, crops, name):
         encode_shards(pictures, tokenizer, crops, shards, RANK, WORLD_SIZE)
         wait_for_all()
         if RANK == 0 and not path.exists():  # Another program may have joined them meanwhile.
+            # This makes only what is missing, as when another node wrote to a folder of its own.
+            encode_shards(pictures, tokenizer, crops, shards)
             join_shards(shards, path)
         wait_for_all()
     return np.load(path, mmap_mode="r")
@@ -1204,7 +1206,7 @@ def processes(device):
         with redirect_stdout(out), redirect_stderr(err):
             try:
                 yield
-            except KeyboardInterrupt:  # comes to all of them
+            except KeyboardInterrupt:  # They all stop together, so none waits.
                 dist.destroy_process_group()
                 raise
     dist.destroy_process_group()  # not after an error, or the others would fail first
