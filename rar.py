@@ -693,9 +693,9 @@ from PIL import Image
 from torch.utils.mkldnn import to_mkldnn
 
 from tokenizer import (
-    SHAPES, SHAPES_HELD_OUT, SHAPES_TRAIN, PatchTokenizer, class_folders, draw_shapes,
-    encode_shards, fetch, fingerprint, import_jsonl, join_shards, known_tokens, labelled_pictures,
-    load, read_ahead, read_crops, released_tokenizer, to_float, to_uint8)
+    SHAPES, PatchTokenizer, class_folders, draw_shapes, encode_shards, fetch, fingerprint,
+    import_jsonl, join_shards, known_tokens, labelled_pictures, load, read_crops,
+    released_tokenizer, to_float, to_uint8)
 
 # ---- 8. Settings
 
@@ -744,17 +744,14 @@ class Config:
         for name in ("anneal", "betas", "class_names"):  # argparse and JSON make lists.
             setattr(self, name, tuple(getattr(self, name)))
         for name, value in vars(self).items():
-            if type(getattr(Config, name)) is int and value < (name != "seed"):
+            if type(value) is int and value < (name != "seed"):
                 raise UserError(f"{flag_of(name)} {value} is too small")
-        start, end = self.anneal
-        for is_right, rule in [
-                (0 <= start <= end <= 1, "--anneal wants two fractions of training, in order"),
-                (0 <= self.min_lr <= self.lr, "--min-lr must be from 0 to --lr"),
-                (self.width % self.heads == 0, "--heads must divide --width"),
-                (self.image_size % self.grid_size == 0, "--grid-size must divide --image-size"),
-                (self.crops in CROPS, f"--crops must be one of {', '.join(CROPS)}")]:
-            if not is_right:
-                raise UserError(rule)
+        if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
+            raise UserError("--anneal wants two fractions of training, in order")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError("--min-lr must be from 0 to --lr")
+        if self.width % self.heads or self.image_size % self.grid_size:
+            raise UserError("--heads must divide --width, and --grid-size --image-size")
 
 # The comment of a field is the help of its flag.
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
@@ -782,50 +779,50 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 def read_config(folder):
-    """The Config in a run's folder, or None."""
+    """The Config of a run, or None."""
     path = Path(folder, "config.json")
     if path.exists():
         with reading(path):
-            settings = json.loads(path.read_text())
-            return Config(**{name: settings[name] for name in vars(Config()) if name in settings})
+            return Config(**json.loads(path.read_text()))
 
-def continued(folder, given):
+def continued(folder, config, given):
     """The Config of a run that goes on. Flags that are given change it, if they may."""
     newest = checkpoints(folder)[0]
     if "log" not in read_tensors(newest):
         raise UserError(f"{folder} is of an earlier edition: choose another --out")
-    config = read_config(folder) or Config()
     if newest.name == f"checkpoint-{config.steps:07}.pt":
         print(f"{folder} is finished: for a new run, choose another --out")
     changed = replace(config, **given)
     for name, old in vars(config).items():
         new = getattr(changed, name)
         if new != old and name not in MAY_CHANGE:
-            raise UserError(f"{folder} has {flag_of(name)} {str(old)[:60]}: choose another --out")
+            raise UserError(f"{folder} has {name} = {str(old)[:60]}: choose another --out")
         if new != old:
-            print(f"{folder}: {flag_of(name)} was {old} and is {new} from now on")
+            print(f"{folder}: {name} was {old} and is {new} from now on")
     return changed
 
 def fit_micro_batch(config, given, device, weight_bytes, state_bytes):
     """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory."""
     if device.type == "cpu" or "micro_batch" in given:
         return
-    weights = 18 * config.depth * config.width**2
-    states = config.depth * config.width * (config.grid_size**2 + 1)
     memory = torch.cuda.get_device_properties(device).total_memory
-    fits = max(1, int((0.85 * memory - weight_bytes * weights) / (state_bytes * states)))
+    weights = weight_bytes * 18 * config.depth * config.width**2
+    sample = state_bytes * config.depth * config.width * (config.grid_size**2 + 1)
+    fits = max(1, int((0.85 * memory - weights) / sample))
     if fits < config.micro_batch:
         print(f"--micro-batch is {fits}, because the GPU has {memory / 1e9:.0f} GB")
         config.micro_batch = fits
 
 # ---- 9. Data
 
+SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 500
+
 def find_data(data):
     """Names of classes, and (class, path) pairs to train on and held out."""
     if data == "shapes":
         return tuple(SHAPES), [], []
     if data.endswith(".jsonl"):
-        Path(data).stat()  # because a wrong path should show before the long work
+        Path(data).stat()  # A wrong path should show before the long work.
         return (), [], []
     return tuple(folder.name for folder in class_folders(data)), *labelled_pictures(data)
 
@@ -833,6 +830,15 @@ def evenly(items, most):
     """At most so many items, evenly from all of them."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
+
+def places_of(names, known):
+    """For each name of a class its place among the known ones, or None. Names that are whole
+    numbers are compared by value."""
+    def value(name):
+        return int(name) if name.isdecimal() else name
+
+    places = {value(name): place for place, name in enumerate(known)}
+    return [places.get(value(name)) for name in names]
 
 def make_tokenizer(config, pictures):
     """The tokenizer of a new run."""
@@ -850,18 +856,12 @@ def make_tokenizer(config, pictures):
 
 def open_tokenizer(config, folder):
     """The tokenizer of the weights in a folder: its own, or the released one."""
-    path = folder / "tokenizer.pt"
-    sizes = config.grid_size, config.codebook_size
+    path, sizes = folder / "tokenizer.pt", (config.grid_size, config.codebook_size)
     is_released = sizes == (16, 1024) and not path.exists()
     tokenizer = load(released_tokenizer() if is_released else path)
-    for name in ("grid_size", "codebook_size"):
-        size = getattr(tokenizer, name)
-        if size != getattr(config, name):
-            raise UserError(f"{path} has {flag_of(name)} {size}, unlike the model")
+    if sizes != (tokenizer.grid_size, tokenizer.codebook_size):
+        raise UserError(f"{path} has another --grid-size or --codebook-size than {sizes}")
     return tokenizer
-
-def stamp(path):
-    return str(path), path.stat().st_size, path.stat().st_mtime_ns
 
 def open_rows(config, pictures, held_out, tokenizer):
     """Rows to train on and held-out ones, uint16 (N, 1 + T): a class, then tokens in cell order."""
@@ -874,11 +874,10 @@ def open_rows(config, pictures, held_out, tokenizer):
 
     source = Path(config.data).resolve()
     if source.suffix == ".jsonl":
-        key = fingerprint(tokenizer, config.num_classes, stamp(source))
-        name = f"runs/tokens/{source.stem}-{key}"
+        sizes = config.num_classes, config.grid_size**2, config.codebook_size
+        name = f"runs/tokens/{source.stem}-{fingerprint(tokenizer, sizes, stamp(source))}"
         paths = [Path(f"{name}-{part}.npy") for part in ("train", "held-out")]
         if RANK == 0 and not paths[0].exists():
-            sizes = config.num_classes, config.grid_size**2, config.codebook_size
             import_jsonl(source, *paths, *sizes)
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
@@ -887,6 +886,9 @@ def open_rows(config, pictures, held_out, tokenizer):
     if pictures:  # eval has none
         rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
+
+def stamp(path):
+    return str(path), path.stat().st_size, path.stat().st_mtime_ns
 
 def encoded(pictures, tokenizer, crops, name):
     """The rows of (class, path) pairs. Made once, by all processes together."""
@@ -911,16 +913,21 @@ def train_command(args, given, device, autocast):
     data = str(Path(given.get("data", old.data)))  # "photos/" is "photos"
     names, pictures, held_out = find_data(data)
     given |= dict(data=data, class_names=names, num_classes=len(names) or 1000)
-    preset = "small"
     if data == "shapes":
         preset = "tiny"
     elif not pictures or len(names) == 1000 and device.type == "cuda":
         preset = "RAR-B"
+    else:
+        preset = "small"
     preset = given.get("model", preset)
+
     name = Path(data).resolve().name.removesuffix(".jsonl")
     folder = Path(args.out or f"runs/{name}-{preset}")
-    if checkpoints(folder):
-        config = continued(folder, given)
+    config = read_config(folder)
+    if checkpoints(folder) and config:
+        config = continued(folder, config, given)
+    elif not config and any(folder.glob("[!.]*")):
+        raise UserError(f"{folder} holds other files: choose another --out")
     else:
         chosen, count = dict(model=preset), min(len(pictures), given.get("photographs", 60_000))
         if data == "shapes":
@@ -929,7 +936,6 @@ def train_command(args, given, device, autocast):
             chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                            crops="ten", dropout=0.2)
         config = replace(PRESETS[preset], **chosen | given)
-    pictures = evenly(pictures, config.photographs)
     scan_order(config.order, config.grid_size)  # refuses a wrong name before the long work
     if config.batch % WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
@@ -943,11 +949,12 @@ def train_command(args, given, device, autocast):
         print("better, on a GPU: --model RAR-B --init RAR-B --anneal 0 0 --steps 5000 --batch 256 "
               "--lr 5e-5")
     with locked(folder):
+        pictures = evenly(pictures, config.photographs)
         if RANK == 0:
+            write_text(folder / "config.json", json.dumps(vars(config), indent=1))
             if not checkpoints(folder):
                 tokenizer = make_tokenizer(config, pictures)
                 write_tensors(folder / "tokenizer.pt", tokenizer.state_dict())
-            write_text(folder / "config.json", json.dumps(vars(config), indent=1))
         wait_for_all()
         tokenizer = open_tokenizer(config, folder).to(device)
         rows, held_out = open_rows(config, pictures, held_out, tokenizer)
@@ -986,17 +993,15 @@ def sample_command(args, given, device, autocast):
 
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, precision=args.precision, weights=fingerprint(model),
-        known=None if known is None else known.tolist())
+        known=args.complete and known.tolist())
     path = Path(args.out or folder / f"samples-{fingerprint(tokenizer, settings, count)}.png")
     if args.out and path.is_file():
         raise UserError(f"{path} is there already: choose another --out")
     if path.suffix not in (".png", ".npz", "") and not path.is_dir():
         raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder")
-    if path.suffix == ".png" and count > 5000:
-        raise UserError(f"--out {path}: {count} are too many for a grid, name an .npz or a folder")
     # Numbered PNGs, of which a grid or an .npz is made in the end
     store = Path(f"{path}.parts") if path.suffix in (".png", ".npz") else path
-    check_settings(store, settings)
+    note_settings(store, settings)
     files = [store / f"{number:06}.png" for number in range(count)]
     missing = [number for number in range(count)[RANK::WORLD_SIZE] if not files[number].exists()]
 
@@ -1012,8 +1017,8 @@ def sample_command(args, given, device, autocast):
 
     if RANK == 0 and path != store:
         pixels = np.empty((count, size, size, 3), np.uint8)
-        for i, picture in enumerate(read_ahead(files, None)):
-            pixels[i] = picture.result()
+        for i, file in enumerate(tqdm(files, "reading", leave=False)):
+            pixels[i] = Image.open(file)
         if path.suffix == ".png":
             save_grid(path, torch.stack([*before, *to_float(pixels)]), columns)
         else:
@@ -1028,7 +1033,7 @@ def to_bfloat16(model):
         if isinstance(layer, nn.Linear):
             layer.to(torch.bfloat16)
 
-def check_settings(folder, settings):
+def note_settings(folder, settings):
     """Note how the PNGs in a folder are made, so that no others get there."""
     path, text = folder / "settings.json", json.dumps(settings)
     if any(folder.glob("*.png")) and not (path.exists() and path.read_text() == text):
@@ -1045,18 +1050,19 @@ def eval_command(args, given, device, autocast):
     """Bits per token on held-out pictures."""
     model, config, folder = load_model(args.weights, given, device)
     names, _, held_out = find_data(config.data)
-    known = config.class_names or names
-    if names and (len(names) != config.num_classes or names != known):
-        others = [name for name in names if name not in known][:10]
-        raise UserError(f"--data {config.data} has other classes than the model: {len(names)}, "
-                        f"among them {', '.join(others)}")
+    places = places_of(names, config.class_names or names)  # Without names, places count.
+    if names and {*places} != {*range(config.num_classes)}:
+        others = sorted({*names} ^ {*(config.class_names or names)})[:10]
+        raise UserError(f"--data {config.data} has {len(names)} classes, the model "
+                        f"{config.num_classes}; not in both: {', '.join(others)}")
+    held_out = [(places[number], path) for number, path in held_out]
     tokenizer = open_tokenizer(config, folder).to(device)
     _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
 
 def load_model(path, given, device):
-    """The model at a path, its Config and folder. Sizes are read off the weights. Other settings
-    are given, or stand in the config.json beside them, or in the preset of that size."""
+    """The model at a path, its Config and folder. Sizes are read off the weights, other settings
+    are given, or in the config.json beside them, or in the preset of that size."""
     path = find_weights(path)
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint)
@@ -1087,11 +1093,13 @@ RELEASED_MODELS = {  # file and SHA-256
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
     if path in RELEASED_MODELS:
-        if RANK == 0:  # The others find what it fetches.
-            fetch("yucornetto/RAR", *RELEASED_MODELS[path])
-            released_tokenizer()
-        wait_for_all()
-        return fetch("yucornetto/RAR", *RELEASED_MODELS[path])
+        if RANK > 0:
+            wait_for_all()  # Then they find what rank 0 has fetched.
+        path = fetch("yucornetto/RAR", *RELEASED_MODELS[path])
+        released_tokenizer()
+        if RANK == 0:
+            wait_for_all()
+        return path
     runs = Path("runs").glob("*/weights.pt")
     path = Path(path or max(runs, key=os.path.getmtime, default="runs/*/weights.pt"))
     path = path / "weights.pt" if path.is_dir() else path
@@ -1100,15 +1108,21 @@ def find_weights(path):
     return path
 
 def load_init(model, config):
-    """Start from the weights of --init. Embeddings of other classes start anew."""
+    """Start from the weights of --init. Embeddings of classes that they lack start anew."""
     other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
     state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
     with reading(config.init):
-        known = theirs.class_names or config.class_names  # Released weights have no names.
-        if (config.num_classes, config.class_names) != (theirs.num_classes, known):
-            kept = state["embeddings.weight"][:config.codebook_size + 1]
-            state["embeddings.weight"] = torch.cat([kept, table[len(kept):]])
-        model.load_state_dict(state)
+        rows, first = state["embeddings.weight"], config.codebook_size + 1
+        table[:first], table[-1] = rows[:first], rows[-1]  # tokens and "no class"
+        places = range(config.num_classes)
+        if config.class_names and theirs.class_names:
+            places = places_of(config.class_names, theirs.class_names)
+        elif theirs.num_classes != config.num_classes:  # Nothing says which is which.
+            places = []
+        for number, place in enumerate(places):
+            if place is not None:
+                table[first + number] = rows[first + place]
+        model.load_state_dict(state | {"embeddings.weight": table})
 
 def add_command(commands, function, names):
     """A command with flags for these settings. Returns a function that adds others."""
@@ -1116,9 +1130,10 @@ def add_command(commands, function, names):
     command = commands.add_parser(name, help=function.__doc__)
     command.set_defaults(function=function)
     flag = command.add_argument
+    choices = dict(model=PRESETS, crops=CROPS)
     for name in names:
         default = getattr(Config, name)
-        options = dict(type=type(default), choices=PRESETS if name == "model" else None)
+        options = dict(type=type(default), choices=choices.get(name))
         if type(default) is tuple:
             options = dict(type=float, nargs=2)
         if type(default) is bool:
@@ -1147,9 +1162,9 @@ def run_command(argv):
     args = parser.parse_args(argv)
 
     given = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}
+    on_cuda = "bfloat16" if args.function == train_command else "tf32"
     if args.function == sample_command:
         given = {"seed": 1} | given  # Seed 0 would draw the preview again.
-    on_cuda = "bfloat16" if args.function == train_command else "tf32"
     device, args.precision, autocast = choose_device(args.device, args.precision, on_cuda)
     with processes(device):
         args.function(args, given, device, autocast)

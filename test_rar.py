@@ -592,14 +592,14 @@ def test_a_run_is_changed(workplace, capsys, monkeypatch):
         at_step(patch, 5, functools.partial(spoil, patch))
         assert "a lower --lr" in refused([*TRAIN, "--out", "run"], capsys)
     works(*train, "--lr", "0.001")
-    assert "run: --lr was 0.004 and is 0.001" in capsys.readouterr().out
+    assert "run: lr was 0.004 and is 0.001" in capsys.readouterr().out
     rates = [line["lr"] for line in log_of(run)]
     assert len(rates) == 6 and rates[3] > 0.001 > rates[4] > 0.0001
     newest = rar.checkpoints(run)[0]
     earlier = {name: rar.read_tensors(newest)[name] for name in ("updates", "model", "optimizer")}
     before = contents(run)
     for more in (["--width", "64"], ["--steps", "7"], ["--seed", "1"], ["--anneal", "0", "1"]):
-        assert f"run has {more[0]}" in refused([*train, *more], capsys)
+        assert f"run has {more[0][2:]} = " in refused([*train, *more], capsys)
     assert contents(run) == before
     newest.unlink()  # and write another file, because tensors are read when they are used
     torch.save(earlier, newest)
@@ -610,7 +610,7 @@ def test_mistakes(workplace, capsys, monkeypatch):
     assert "python rar.py train" in refused(["sample"], capsys)
     works(*TRAIN)
     run, before = Path("runs/shapes-tiny"), contents("runs/shapes-tiny")
-    touch("file", "photos/a/1.png", "photos/a/2.png")
+    touch("file", "photos/a/1.png", "photos/a/2.png", "foreign/config.json")
     monkeypatch.setattr(rar, "train", lambda *_: pytest.fail("not refused"))
     for line in """train --order zigzag --out a
 train --precision tf32 --device cpu
@@ -618,6 +618,8 @@ train --min-lr 1
 train --anneal 0.9 0.1
 train --grid-size 5 --out a
 train --out file/run | 'file/run'
+train --out photos | photos holds other files
+train --out foreign | foreign/config.json
 train --data nowhere | 'nowhere'
 sample --classes 10 | --classes 10: choose from 10: circle, square
 sample --weights nowhere | no weights file nowhere
@@ -625,7 +627,7 @@ sample --keep 0 0 9 9
 eval --data photos""".splitlines():
         arguments, _, named = line.partition(" | ")
         assert (named or arguments.split()[1]) in refused(arguments.split(), capsys)
-    assert contents(run) == before and sorted(os.listdir()) == ["file", "photos", "runs"]
+    assert contents(run) == before and sorted(os.listdir()) == ["file", "foreign", "photos", "runs"]
     with pytest.raises(SystemExit, match="2"):  # by argparse
         rar.main(["draw"])
     for error, code, line in [
@@ -656,8 +658,21 @@ def test_train_on_photographs(photographs, capsys):
     assert f" {log[-1]['final_order_bits']:.3f} bits/token in raster" in capsys.readouterr().out
     assert rows() == [3]
     paint("photos/cows/1.png")
-    assert "has --num-classes 2" in refused(SMALL, capsys)
+    assert "has num_classes = 2" in refused(SMALL, capsys)
     assert rar.evenly(range(10), 4) == [0, 2, 5, 7] and rar.evenly(range(3), 4) == [0, 1, 2]
+
+def test_classes_are_matched(photographs, capsys):
+    """By name, and by value where names are numbers. Another set of them is refused."""
+    for old, new in (("photos/cats", "photos/10"), ("photos/dogs", "photos/2")):
+        os.rename(old, new)
+    paint("photos/x/09.png")
+    works(*SMALL)
+    bits = log_of("runs/photos-small")[-1]["final_order_bits"]
+    os.rename("photos/2", "photos/02")  # which comes before 10
+    works("eval")
+    assert f"held-out {bits:.3f} bits" in capsys.readouterr().out
+    os.rename("photos/x", "photos/y")
+    assert refused(["eval"], capsys).endswith("not in both: 02, 2, x, y")
 
 def test_train_on_tokens(trained, capsys):
     """Blocks of ten lines are held out, since crops of a picture follow each other."""
@@ -693,13 +708,16 @@ def test_fine_tuning(photographs, capsys):
     works(*second, "same")
     for i in range(20):
         paint(f"photos/birds/{i}.png", seed=100 + i)
+    os.rename("photos/dogs", "photos/ants")  # another class, in front of cats
     works(*second, "more")
     first, same, more = (rar.read_tensors(f"{run}/weights.pt") for run in ("first", "same", "more"))
     for name in first:
         assert torch.equal(first[name], same[name])
         assert torch.equal(first[name][:33], more[name][:33])
     classes = more["embeddings.weight"][33:]
-    assert len(classes) == 4 and (classes[:2] != first["embeddings.weight"][33:35]).all()
+    assert len(classes) == 4  # ants, birds, cats, and no class
+    assert torch.equal(classes[2:], first["embeddings.weight"][[33, 35]])
+    assert not torch.isin(classes[:2], first["embeddings.weight"]).any()
     assert "first" in refused([*second, "c", "--width", "64"], capsys)
 
 # ---- The commands: released weights, pictures

@@ -374,7 +374,6 @@ def labelled_pictures(folder):
 
 # ---- Shapes
 
-SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 500
 GROUND = (22, 25, 37)
 COLOURS = ((240, 60, 70), (255, 220, 70), (20, 180, 110), (90, 110, 255))
 

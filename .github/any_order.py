@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from shapes_score import accuracy, load, sample, train_classifier
 
 import rar
-from tokenizer import SHAPES, SHAPES_TRAIN, draw_shape, known_tokens, save_grid, to_uint8
+from rar import SHAPES_TRAIN
+from tokenizer import SHAPES, draw_shape, known_tokens, save_grid, to_uint8
 
 ORDERS = ("raster", "z_curve", "subsample", "alternate", "spiral_out", "spiral_in")
 HALVES = {"left": (0, 0, 16, 32), "right": (16, 0, 32, 32),

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rar
-from tokenizer import SHAPES, SHAPES_HELD_OUT, SHAPES_TRAIN, draw_shape, to_float
+from rar import SHAPES_HELD_OUT, SHAPES_TRAIN
+from tokenizer import SHAPES, draw_shape, to_float
 
 CPU = torch.device("cpu")
 
