@@ -354,6 +354,8 @@ from tokenizer import CROPS, UserError, replacing, save_grid
 
 # ---- 5. Scan orders: the paper's five besides raster
 
+ORDERS = ("raster", "alternate", "spiral_in", "spiral_out", "subsample", "z_curve")
+
 @lru_cache
 def scan_order(name, grid_size):
     """The cells (T,) as a scan of Fig. 6 visits them. The pictures show the turn of each cell.
@@ -385,8 +387,6 @@ def scan_order(name, grid_size):
         "subsample": np.lexsort((column // half, row // half, column % half, row % half)),
         "z_curve": place.argsort(),
     }
-    if name not in orders:
-        raise UserError(f"--order {name}: choose from {', '.join(orders)}; to sample, also random")
     return torch.from_numpy(orders[name])
 
 # ---- 6. Sampling with a cache: the same tokens, but each slot runs once
@@ -415,14 +415,6 @@ class Cache:
 
 AHEAD = 32
 
-def adaln_tables(model, classes, start):
-    """The modulations of each block, (C, 32, 6D), and of the head, (C, 32, 2D), for classes (C,)
-    in 32 slots. adaLN is a third of all weights and needs class and slot only, so it runs ahead:
-    its weights are read 32 times less often. (All 256 slots would take too much memory.)"""
-    condition = model.class_and_slot(classes, start, start + AHEAD)  # (C, 32, D)
-    tables = [block.adaLN_modulation(condition) for block in model.blocks]
-    return tables, model.adaln_before_head.adaLN_modulation(condition)
-
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
     """As generate_slowly, but with a cache. By default uniforms are random and orders raster.
@@ -446,9 +438,14 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     # Slots hold cls, the class, and then the tokens as they are drawn.
     prompt = model.prompt(classes[table_row])  # (copies * B, 2, D)
     for slot in range(T + 1):
+        # adaLN is a third of all weights and needs class and slot only, so it runs ahead: its
+        # weights are read 32 times less often. (All 256 slots would take too much memory.)
         if slot % AHEAD == 0:
             tables = head_table = None  # or memory would hold the old ones and the new
-            tables, head_table = adaln_tables(model, classes, slot)
+            condition = model.class_and_slot(classes, slot, slot + AHEAD)  # (B + 1, 32, D)
+            tables = [block.adaLN_modulation(condition) for block in model.blocks]
+            head_table = model.adaln_before_head.adaLN_modulation(condition)
+
         x = prompt[:, slot] if slot < 2 else model.embeddings(token).repeat(copies, 1)
         x = (x + positions[:, slot])[:, None]  # (copies * B, 1, D)
         for block, table, cache in zip(model.blocks, tables, caches):
@@ -544,14 +541,13 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     return tokens[mine], labels[mine], orders[mine], r
 
 def train_step(network, optimizer, config, batch, step, autocast):
-    """Make update `step` of what draw_batch gives. Returns loss, accuracy, gradient norm and
+    """Make update `step` of tokens, labels and orders. Returns loss, accuracy, gradient norm and
     learning rate, as tensors, so that nothing waits for the GPU."""
-    *batch, _ = batch
     device, count = next(network.parameters()).device, len(batch[0])
     sums = torch.zeros(2, device=device)
     for start in range(0, count, config.micro_batch):
         stop = start + config.micro_batch
-        inputs = [x[start:stop] for x in batch]
+        inputs = [x[start:stop] for x in batch[:3]]
         if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
             inputs = [x.contiguous().pin_memory().to(device, non_blocking=True) for x in inputs]
         fraction = len(inputs[0]) / config.batch
@@ -576,13 +572,12 @@ def evaluate(model, rows, config, autocast):
     for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
         # For all rows at once, because orders must not depend on the micro-batch.
         orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
-        nats = 0
-        for part in torch.arange(len(rows)).split(config.micro_batch):
-            inputs = [x[part].to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
+        nats, whole = 0, [x.to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
+        for inputs in zip(*[x.split(config.micro_batch) for x in whole]):
             with autocast:
                 # Not the model itself, which torch.compile would compile again for these sizes.
                 loss, _ = training_loss(model.forward, *inputs)
-            nats += loss.item() * len(part)
+            nats += loss.item() * len(inputs[0])
         bits[name] = nats / len(rows) / math.log(2)
     return bits
 
@@ -595,9 +590,17 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     torch.manual_seed(config.seed)
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
-    done, log = resume(folder, model, optimizer)
-    if config.init and done == 0:
+    done, log = 0, []
+    if checkpoints(folder):
+        newest = checkpoints(folder)[0]
+        state = read_tensors(newest)
+        with reading(newest):  # Those of earlier editions have no log.
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            done, log = state["updates"], state["log"]
+    elif config.init:
         load_init(model, config)
+
     if config.compile and device.type == "cuda":
         model.compile()  # in place, so parameters keep their names
     network = model
@@ -611,7 +614,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     bar = tqdm(range(done, config.steps), "training", config.steps, initial=done)
     with bar, noting_signals() as signals:
         for step in bar:
-            batch = draw_batch(rows, config, step, RANK, WORLD_SIZE)
+            *batch, r = draw_batch(rows, config, step, RANK, WORLD_SIZE)
 
             # Dropout, too, depends on the update only, so that a run can be continued.
             torch.manual_seed(hash((config.seed, step, RANK)))
@@ -625,12 +628,12 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
             # Only from here on does Python wait for the GPU.
             loss, accuracy, norm, lr = map(float, results)
             if not math.isfinite(loss + norm):
-                raise UserError(f"update {done}: loss or gradient is not finite. Run the same "
+                raise UserError(f"update {done}: loss or gradient is not finite: run the same "
                                 "command with a lower --lr")
             passes = done * config.batch * CROPS[config.crops] / len(rows)
-            line = dict(step=done, loss=loss, accuracy=accuracy, r=batch[-1], lr=lr,
-                        gradient_norm=norm, passes=passes)
-            bar.set_postfix(loss=loss, r=batch[-1], passes=passes)
+            line = dict(step=done, loss=loss, accuracy=accuracy, r=r, lr=lr, gradient_norm=norm,
+                        passes=passes)
+            bar.set_postfix(loss=loss, r=r, passes=passes)
 
             if RANK == 0 and done in milestones:
                 line |= evaluate(model.eval(), held_out, config, autocast)
@@ -664,15 +667,6 @@ def save_checkpoint(folder, done, model, optimizer, log, annealing):
     for path in checkpoints(folder)[2:]:
         if path.name != f"checkpoint-{annealing:07}.pt":
             path.unlink(missing_ok=True)
-
-def resume(folder, model, optimizer):
-    """Load the newest checkpoint, if any. Returns how many updates it has had, and its log."""
-    if not checkpoints(folder):
-        return 0, []
-    state = read_tensors(checkpoints(folder)[0])
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["updates"], state["log"]
 
 # What follows holds nothing about RAR: it is the program around the two loops.
 # ---- Part III: the program
@@ -726,7 +720,7 @@ class Config:
     warmup: float = 0.25  # fraction of training in which lr rises
     weight_decay: float = 0.03  # of AdamW
     betas: tuple = (0.9, 0.96)  # of AdamW
-    order: str = "raster"  # of cells; a wrong name lists all
+    order: str = "raster"  # of cells
     seed: int = 0  # for sample it is 1
     # What follows may change when a run goes on.
     lr: float = 4e-4  # learning rate after warm-up
@@ -741,11 +735,9 @@ class Config:
     temperature: float = 1.0  # of draws; 0 takes the likeliest token
 
     def __post_init__(self):
-        for name in ("anneal", "betas", "class_names"):  # argparse and JSON make lists.
-            setattr(self, name, tuple(getattr(self, name)))
         for name, value in vars(self).items():
             if type(value) is int and value < (name != "seed"):
-                raise UserError(f"{flag_of(name)} {value} is too small")
+                raise UserError(f"{name} = {value} is too small")
         if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
             raise UserError("--anneal wants two fractions of training, in order")
         if not 0 <= self.min_lr <= self.lr:
@@ -775,31 +767,12 @@ PRESETS = {  # with micro-batches for 80 GB
                       scale=8.0, power=1.2, temperature=1.02),
 }
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
 def read_config(folder):
     """The Config of a run, or None."""
     path = Path(folder, "config.json")
     if path.exists():
         with reading(path):
             return Config(**json.loads(path.read_text()))
-
-def continued(folder, config, given):
-    """The Config of a run that goes on. Flags that are given change it, if they may."""
-    newest = checkpoints(folder)[0]
-    if "log" not in read_tensors(newest):
-        raise UserError(f"{folder} is of an earlier edition: choose another --out")
-    if newest.name == f"checkpoint-{config.steps:07}.pt":
-        print(f"{folder} is finished: for a new run, choose another --out")
-    changed = replace(config, **given)
-    for name, old in vars(config).items():
-        new = getattr(changed, name)
-        if new != old and name not in MAY_CHANGE:
-            raise UserError(f"{folder} has {name} = {str(old)[:60]}: choose another --out")
-        if new != old:
-            print(f"{folder}: {name} was {old} and is {new} from now on")
-    return changed
 
 def fit_micro_batch(config, given, device, weight_bytes, state_bytes):
     """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory."""
@@ -820,31 +793,33 @@ SHAPES_TRAIN, SHAPES_HELD_OUT = 10_000, 500
 def find_data(data):
     """Names of classes, and (class, path) pairs to train on and held out."""
     if data == "shapes":
-        return tuple(SHAPES), [], []
+        return [*SHAPES], [], []
     if data.endswith(".jsonl"):
         Path(data).stat()  # A wrong path should show before the long work.
-        return (), [], []
-    return tuple(folder.name for folder in class_folders(data)), *labelled_pictures(data)
+        return [], [], []
+    return [folder.name for folder in class_folders(data)], *labelled_pictures(data)
 
 def evenly(items, most):
     """At most so many items, evenly from all of them."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
 
-def places_of(names, known):
-    """For each name of a class its place among the known ones, or None. Names that are whole
-    numbers are compared by value."""
+def places_of(names, count, model):
+    """For each of `count` classes its place in a model, which for an unknown one is "no class".
+    Names that are whole numbers are compared by value. Without names, equally many classes are
+    the same."""
     def value(name):
         return int(name) if name.isdecimal() else name
 
-    places = {value(name): place for place, name in enumerate(known)}
-    return [places.get(value(name)) for name in names]
+    places = {value(name): place for place, name in enumerate(model.class_names)}
+    if not (names and places) and count == model.num_classes:
+        return range(count)
+    return [places.get(value(name), model.num_classes) for name in names or [""] * count]
 
 def make_tokenizer(config, pictures):
     """The tokenizer of a new run."""
     if config.init:  # Tokens must mean the same as for the weights to start from.
-        _, theirs, folder = load_model(config.init, {}, torch.device("cpu"))
-        return open_tokenizer(theirs, folder)
+        return open_tokenizer(config, find_weights(config.init).parent)
     if config.tokenizer != "patch":
         return load(released_tokenizer() if config.tokenizer == "released" else config.tokenizer)
     if config.data == "shapes":
@@ -857,10 +832,9 @@ def make_tokenizer(config, pictures):
 def open_tokenizer(config, folder):
     """The tokenizer of the weights in a folder: its own, or the released one."""
     path, sizes = folder / "tokenizer.pt", (config.grid_size, config.codebook_size)
-    is_released = sizes == (16, 1024) and not path.exists()
-    tokenizer = load(released_tokenizer() if is_released else path)
+    tokenizer = load(path if path.exists() else released_tokenizer())
     if sizes != (tokenizer.grid_size, tokenizer.codebook_size):
-        raise UserError(f"{path} has another --grid-size or --codebook-size than {sizes}")
+        raise UserError(f"the tokenizer of {folder} has another --grid-size or --codebook-size")
     return tokenizer
 
 def open_rows(config, pictures, held_out, tokenizer):
@@ -868,9 +842,8 @@ def open_rows(config, pictures, held_out, tokenizer):
     if config.data == "shapes":
         images = draw_shapes(SHAPES_TRAIN + SHAPES_HELD_OUT)
         tokens = torch.cat([tokenizer.encode(part).cpu() for part in images.split(500)])
-        labels = np.arange(len(images)) % len(SHAPES)
-        rows = np.column_stack([labels, tokens]).astype(np.uint16)
-        return rows[:SHAPES_TRAIN], rows[SHAPES_TRAIN:]
+        rows = np.insert(tokens.numpy(), 0, np.arange(len(images)) % len(SHAPES), axis=1)
+        return np.split(rows.astype(np.uint16), [SHAPES_TRAIN])
 
     source = Path(config.data).resolve()
     if source.suffix == ".jsonl":
@@ -882,9 +855,8 @@ def open_rows(config, pictures, held_out, tokenizer):
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
 
-    rows = []
-    if pictures:  # eval has none
-        rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
+    # eval has no pictures to train on.
+    rows = pictures and encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
 def stamp(path):
@@ -912,20 +884,25 @@ def train_command(args, given, device, autocast):
     old = args.out and read_config(args.out) or Config()
     data = str(Path(given.get("data", old.data)))  # "photos/" is "photos"
     names, pictures, held_out = find_data(data)
-    given |= dict(data=data, class_names=names, num_classes=len(names) or 1000)
+    given |= dict(data=data, num_classes=len(names) or 1000, class_names=names)
+    preset = "small"
     if data == "shapes":
         preset = "tiny"
     elif not pictures or len(names) == 1000 and device.type == "cuda":
         preset = "RAR-B"
-    else:
-        preset = "small"
     preset = given.get("model", preset)
-
     name = Path(data).resolve().name.removesuffix(".jsonl")
     folder = Path(args.out or f"runs/{name}-{preset}")
+
     config = read_config(folder)
-    if checkpoints(folder) and config:
-        config = continued(folder, config, given)
+    if config and checkpoints(folder):  # Flags that are given change it, if they may.
+        for name, new in given.items():
+            old = getattr(config, name)
+            if new != old and name not in MAY_CHANGE:
+                raise UserError(f"{folder} has {name} = {str(old)[:60]}: choose another --out")
+            if new != old:
+                print(f"{folder}: {name} was {old} and is {new} from now on")
+        config = replace(config, **given)
     elif not config and any(folder.glob("[!.]*")):
         raise UserError(f"{folder} holds other files: choose another --out")
     else:
@@ -936,9 +913,9 @@ def train_command(args, given, device, autocast):
             chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                            crops="ten", dropout=0.2)
         config = replace(PRESETS[preset], **chosen | given)
-    scan_order(config.order, config.grid_size)  # refuses a wrong name before the long work
-    if config.batch % WORLD_SIZE:
-        raise UserError(f"--batch {config.batch} is not a multiple of {WORLD_SIZE} processes")
+
+    if config.batch < WORLD_SIZE:
+        raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
 
     print(f"{folder}: --model {config.model}, {config.num_classes} classes, "
           f"{config.image_size} pixels, {config.steps:,} updates")
@@ -946,8 +923,7 @@ def train_command(args, given, device, autocast):
         print("compiling takes a minute; --no-compile does without")
     fit_micro_batch(config, given, device, 16, 80 if config.compile else 105)  # as measured
     if config.model == "small":
-        print("better, on a GPU: --model RAR-B --init RAR-B --anneal 0 0 --steps 5000 --batch 256 "
-              "--lr 5e-5")
+        print("on a GPU, fine-tuning RAR-B is better: see the README")
     with locked(folder):
         pictures = evenly(pictures, config.photographs)
         if RANK == 0:
@@ -980,13 +956,13 @@ def sample_command(args, given, device, autocast):
     if count < 1:
         raise UserError(f"--count {count}: ask for a picture or more")
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
-    columns, before, known = [names[i] for i in classes], [], None
-    if args.keep and not args.complete:
-        raise UserError("--keep is for --complete PICTURE")
+
+    known = None
     if args.complete:
-        keep = args.keep or (0, 0, size, size // 2)
-        known, before = known_tokens(args.complete, keep, tokenizer)
-        columns = ["picture", "kept", *[names[i] for i in labels]]
+        known, _ = known_tokens(args.complete, args.keep or (0, 0, size, size // 2), tokenizer)
+    elif args.keep:
+        raise UserError("--keep is for --complete PICTURE")
+
     final = scan_order(trained.order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
         print("weights annealed to another order: take a checkpoint from before that")
@@ -997,11 +973,12 @@ def sample_command(args, given, device, autocast):
     path = Path(args.out or folder / f"samples-{fingerprint(tokenizer, settings, count)}.png")
     if args.out and path.is_file():
         raise UserError(f"{path} is there already: choose another --out")
-    if path.suffix not in (".png", ".npz", "") and not path.is_dir():
-        raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder")
+
     # Numbered PNGs, of which a grid or an .npz is made in the end
     store = Path(f"{path}.parts") if path.suffix in (".png", ".npz") else path
-    note_settings(store, settings)
+    if RANK == 0:
+        note_settings(store, settings)
+    wait_for_all()
     files = [store / f"{number:06}.png" for number in range(count)]
     missing = [number for number in range(count)[RANK::WORLD_SIZE] if not files[number].exists()]
 
@@ -1020,7 +997,7 @@ def sample_command(args, given, device, autocast):
         for i, file in enumerate(tqdm(files, "reading", leave=False)):
             pixels[i] = Image.open(file)
         if path.suffix == ".png":
-            save_grid(path, torch.stack([*before, *to_float(pixels)]), columns)
+            save_grid(path, to_float(pixels), [names[i] for i in classes])
         else:
             with replacing(path) as part, open(part, "wb") as file:
                 np.savez(file, arr_0=pixels)
@@ -1036,11 +1013,10 @@ def to_bfloat16(model):
 def note_settings(folder, settings):
     """Note how the PNGs in a folder are made, so that no others get there."""
     path, text = folder / "settings.json", json.dumps(settings)
-    if any(folder.glob("*.png")) and not (path.exists() and path.read_text() == text):
+    noted = path.read_text() if path.exists() else ""
+    if noted != text and any(folder.glob("*.png")):
         raise UserError(f"{folder} has pictures made with other settings: choose another --out")
-    wait_for_all()  # Nobody writes before all have looked.
-    if RANK == 0:
-        write_text(path, text)
+    write_text(path, text)
 
 def save_png(path, pixels):
     with replacing(path) as part:
@@ -1050,7 +1026,7 @@ def eval_command(args, given, device, autocast):
     """Bits per token on held-out pictures."""
     model, config, folder = load_model(args.weights, given, device)
     names, _, held_out = find_data(config.data)
-    places = places_of(names, config.class_names or names)  # Without names, places count.
+    places = places_of(names, len(names), config)
     if names and {*places} != {*range(config.num_classes)}:
         others = sorted({*names} ^ {*(config.class_names or names)})[:10]
         raise UserError(f"--data {config.data} has {len(names)} classes, the model "
@@ -1093,12 +1069,8 @@ RELEASED_MODELS = {  # file and SHA-256
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
     if path in RELEASED_MODELS:
-        if RANK > 0:
-            wait_for_all()  # Then they find what rank 0 has fetched.
         path = fetch("yucornetto/RAR", *RELEASED_MODELS[path])
         released_tokenizer()
-        if RANK == 0:
-            wait_for_all()
         return path
     runs = Path("runs").glob("*/weights.pt")
     path = Path(path or max(runs, key=os.path.getmtime, default="runs/*/weights.pt"))
@@ -1108,51 +1080,45 @@ def find_weights(path):
     return path
 
 def load_init(model, config):
-    """Start from the weights of --init. Embeddings of classes that they lack start anew."""
+    """Start from the weights of --init. Classes that they lack begin as "no class"."""
     other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
-    state, table = other.state_dict(), model.embeddings.weight.detach().cpu()
+    state, first = other.state_dict(), config.codebook_size + 1
+    places = places_of(config.class_names, config.num_classes, theirs)
     with reading(config.init):
-        rows, first = state["embeddings.weight"], config.codebook_size + 1
-        table[:first], table[-1] = rows[:first], rows[-1]  # tokens and "no class"
-        places = range(config.num_classes)
-        if config.class_names and theirs.class_names:
-            places = places_of(config.class_names, theirs.class_names)
-        elif theirs.num_classes != config.num_classes:  # Nothing says which is which.
-            places = []
-        for number, place in enumerate(places):
-            if place is not None:
-                table[first + number] = rows[first + place]
-        model.load_state_dict(state | {"embeddings.weight": table})
-
-def add_command(commands, function, names):
-    """A command with flags for these settings. Returns a function that adds others."""
-    name = function.__name__.removesuffix("_command")
-    command = commands.add_parser(name, help=function.__doc__)
-    command.set_defaults(function=function)
-    flag = command.add_argument
-    choices = dict(model=PRESETS, crops=CROPS)
-    for name in names:
-        default = getattr(Config, name)
-        options = dict(type=type(default), choices=choices.get(name))
-        if type(default) is tuple:
-            options = dict(type=float, nargs=2)
-        if type(default) is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        flag(flag_of(name), help=f"{HELP[name]} [{default}]", **options)
-    flag("--device", choices=["cuda", "cpu"])
-    flag("--precision", choices=["float32", "tf32", "bfloat16"], help="of matrix products")
-    if function != train_command:
-        flag("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
-    return flag
+        rows = [*range(first), *[first + place for place in places], -1]
+        state["embeddings.weight"] = state["embeddings.weight"][rows]
+        model.load_state_dict(state)
 
 def run_command(argv):
     parser = argparse.ArgumentParser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
-    add_command(commands, eval_command, ["data", "order", "micro_batch"])
-    flag = add_command(commands, train_command, HELP)
-    flag("--out", help="folder of the run [runs/DATA-MODEL]")
+    for name, function, settings in (
+            ("train", train_command, HELP),
+            ("eval", eval_command, ["data", "order", "micro_batch"]),
+            ("sample", sample_command, [*SAMPLING, "micro_batch"])):
+        command = commands.add_parser(name, help=function.__doc__)
+        command.set_defaults(function=function)
+        flag = command.add_argument
 
-    flag = add_command(commands, sample_command, [*SAMPLING, "micro_batch"])
+        orders = ORDERS + ("random",) * (function == sample_command)
+        choices = dict(model=PRESETS, crops=CROPS, order=orders)
+        for name in settings:
+            default = getattr(Config, name)
+            options = dict(type=type(default), choices=choices.get(name))
+            if type(default) is tuple:
+                options = dict(type=float, nargs=2)
+            if type(default) is bool:
+                options = dict(action=argparse.BooleanOptionalAction)
+            flag("--" + name.replace("_", "-"), help=f"{HELP[name]} [{default}]", **options)
+        flag("--device", choices=["cuda", "cpu"])
+        flag("--precision", choices=["float32", "tf32", "bfloat16"], help="of matrix products")
+        if function == train_command:
+            flag("--out", help="folder of the run [runs/DATA-MODEL]")
+        else:
+            flag("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
+
+    # What is left is about sample, the last command. Seed 0 would draw the preview again.
+    command.set_defaults(seed=1)
     flag("--classes", nargs="+", help="numbers or names [all]")
     flag("--count", type=int, help="pictures [5 of each class]")
     flag("--out", help="X.png for a grid, X.npz, or X for a PNG each [a new grid]")
@@ -1161,12 +1127,20 @@ def run_command(argv):
          help="pixels of its central square that stay [the upper half]")
     args = parser.parse_args(argv)
 
-    given = {name: getattr(args, name) for name in HELP if getattr(args, name, None) is not None}
+    given = {name: value for name, value in vars(args).items()
+             if name in HELP and value is not None}
     on_cuda = "bfloat16" if args.function == train_command else "tf32"
-    if args.function == sample_command:
-        given = {"seed": 1} | given  # Seed 0 would draw the preview again.
     device, args.precision, autocast = choose_device(args.device, args.precision, on_cuda)
-    with processes(device):
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:  # The others may wait for rank 0 for long.
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
+    out, err = (sys.stdout, sys.stderr) if RANK == 0 else [open(os.devnull, "w")] * 2
+    with redirect_stdout(out), redirect_stderr(err):
+        weights = given.get("init") or getattr(args, "weights", None)
+        if RANK == 0 and weights in RELEASED_MODELS:
+            find_weights(weights)  # The others find what it fetches.
+        wait_for_all()
         args.function(args, given, device, autocast)
 
 def main(argv=None):
@@ -1174,7 +1148,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # for odd file names
     try:
         run_command(argv)
-        return 0
+        code = 0
     except KeyboardInterrupt:
         code, message = 130, "interrupted: run the same command to continue"
     except (UserError, OSError) as error:
@@ -1183,10 +1157,11 @@ def main(argv=None):
         if not re.search("MemoryError|(of|allocate) memory", repr(error)):
             raise
         code, message = 2, "error: out of memory: lower --micro-batch or --batch"
-    if RANK > 0:
-        time.sleep(2)  # If rank 0 says the same, torchrun ends us first.
-        message = f"rank {RANK}: {message}"
-    print(message, file=sys.stderr)
+    if code != 2 and dist.is_initialized():
+        dist.destroy_process_group()  # not after an error, or the others would fail first
+    if code:
+        time.sleep(2 * (RANK > 0))  # If rank 0 says the same, torchrun ends us first.
+        print(message, file=sys.stderr)
     return code
 
 # ---- 11. Processes and files
@@ -1205,26 +1180,6 @@ def choose_device(name, precision, on_cuda):
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
-
-@contextmanager
-def processes(device):
-    """Join the processes of torchrun, if there are any. Only rank 0 talks."""
-    if WORLD_SIZE == 1:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # The others may wait for rank 0 for long.
-    dist.init_process_group(timeout=datetime.timedelta(days=1))
-    with open(os.devnull, "w") as null:
-        out, err = (null, null) if RANK > 0 else (sys.stdout, sys.stderr)
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                yield
-            except KeyboardInterrupt:  # They all stop together, so none waits.
-                dist.destroy_process_group()
-                raise
-    dist.destroy_process_group()  # not after an error, or the others would fail first
 
 def sum_over_processes(tensor):
     if WORLD_SIZE > 1:
@@ -1245,10 +1200,10 @@ def noting_signals():
         noted.append(number)
         signal.signal(number, signal.default_int_handler)
 
-    noted, before = [], {}
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
-            before[number] = signal.signal(number, note)
+    noted = []
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in numbers
+              if signal.getsignal(number) is not signal.SIG_IGN}  # as it is under nohup
     try:
         yield noted
     finally:
@@ -1268,7 +1223,6 @@ def locked(folder):
             raise UserError(f"{folder} is in use by another training run: choose another --out")
         except (ImportError, OSError):
             pass  # nor have some file systems
-        wait_for_all()
         yield
 
 def write_text(path, text):

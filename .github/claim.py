@@ -167,7 +167,8 @@ def run_one(name, cores):
     regime, flags = experiments()[name]
     kind, steps = REGIMES[regime]
     folder, core = HOME / name, cores.get()
-    common = [word for key, value in COMMON.items() for word in (rar.flag_of(key), str(value))]
+    common = [word for key, value in COMMON.items()
+              for word in ("--" + key.replace("_", "-"), str(value))]
     train = [sys.executable, "rar.py", "train", "--data", data_of(kind), *common, *flags,
              "--out", str(folder)]
     is_trained = [line["step"] for line in read_log(folder)][-1:] == [steps]
