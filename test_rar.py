@@ -1047,7 +1047,7 @@ def test_mistakes(patch, refused):
 train --precision tf32
 train --device cuda
 train --min-lr 1
-train --anneal 0.9 0.1
+train --anneal 0.9 0.1 --out a
 train --grid-size 5 --out a
 train --out file/run | 'file/run'
 train --out photos | photos holds other files
