@@ -18,15 +18,15 @@ x and orders o, the sum over i of
     log p(x_o(i) | x_o(1), ..., x_o(i-1), class)
 
 With probability r a picture's order is drawn from all T! orders, otherwise it is raster. r = 1 is
-the objective of permutation language models such as XLNet. But T! orders are far more than a model
-can learn well, and to draw a picture one order is enough. So r is 1 for half of the training, falls
-to 0 in the third quarter, and stays there: the model ends on the order in which it will draw. In
-the paper the FID of RAR-L, a distance to real pictures, is 3.08 in raster order, 3.01 in random
-orders, and 2.18 annealed.
+the objective of permutation language models such as XLNet. But T! orders are more than a model can
+learn well, and drawing needs only one. So r is 1 for half of the training, falls to 0 in the third
+quarter, and stays there: the model ends on the order in which it will draw. In the paper the FID of
+RAR-L, a distance to real pictures, is 3.08 in raster order, 3.01 in random orders, and 2.18
+annealed.
 
 Random orders need one more thing: the model must be told which cell is asked for. After cells 2
-and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. So far both
-have the same input, so the model could only give both the same answer. A second position
+and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. So far the
+model sees the same in both, so it could only give both the same answer. A second position
 embedding, the target-aware one, tells it the next cell. In a fixed order the next cell follows from
 the present one, so after annealing both embeddings could be merged into one (not done here).
 
@@ -36,7 +36,7 @@ class. These two are never permuted, because every token is to be predicted from
 which tells each block class and slot, comes in section 2.
 
     slot                          0        1        2        3        4
-    holds                        cls     class     x_2      x_0      x_3     (x_1 is not needed)
+    holds                        cls     class     x_2      x_0      x_3     (x_1 is last: no input)
     row of pos_embed              0        1     2 + [2]  2 + [0]  2 + [3]   (offset 2 + own cell)
     row of target_aware_...       -     2 + [2]  2 + [0]  2 + [3]  2 + [1]   (offset 2 + next cell)
     row of timesteps_...          0        1        2        3        4      (the slot, for adaLN)
@@ -67,7 +67,7 @@ from tqdm import tqdm
 # ---- 1. Orders: random at first, then less and less
 
 def randomness(step, start, end):
-    """r in update `step`: 1 before `start`, 0 from `end` on, a line between (Section 3.2)."""
+    """r in update `step`: 1 before `start`, 0 from `end` on, a line between (paper, Section 3.2)."""
     if step < start:
         return 1.0
     if step >= end:
@@ -84,7 +84,7 @@ def sample_orders(batch, length, r, order=None, rng=None):
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, order))
 
-# ---- 2. The model: a causal transformer. Parameters have the names of the released weights
+# ---- 2. The model: a causal transformer. Parameters are named as in the released weights
 
 def causal(q, k, v, dropout):
     """Attention of each slot to itself and the slots before it. All (B, H, S, D/H)."""
@@ -233,7 +233,7 @@ def training_loss(model, tokens, labels, orders):
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.argmax(-1) == targets).float().mean()
 
-# ---- 3. Sampling, slowly. Tests hold part II to this loop and to that of section 4
+# ---- 3. Sampling, slowly. Tests compare part II with this loop and with that of section 4
 
 def guidance_weight(step, steps, scale, power):
     """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
@@ -264,8 +264,8 @@ def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
         # Attention is causal, so the tokens that are not drawn yet, 0, change nothing.
         logits = model(tokens, labels, orders)[:, t]  # (B, V)
 
-        # 0 and 1 switch guidance off. (By the formula 0 would end in the model without class. As
-        # in the authors' code it does not.)
+        # 0 and 1 switch guidance off. (By the formula, 0 would end without class. The authors'
+        # code differs.)
         if scale not in (0, 1):
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
@@ -371,7 +371,7 @@ def scan_order(name, grid_size):
     row, column = np.divmod(grid.flatten(), N)
 
     # Go down the left side, take it away, and turn the rest so that the next side is there.
-    spiral, rest = [], grid.T
+    spiral, rest = [], grid.T  # transposed, so that the left side is row 0
     while rest.size:
         spiral.extend(rest[0])
         rest = np.rot90(rest[1:])
@@ -400,7 +400,7 @@ class Cache:
     def attend(self, q, k, v, dropout):
         """Attention of the next slot to itself and to those before. All (B, H, 1, D/H)."""
         if self.filled == 0:
-            # Both of v's type: under autocast that is bfloat16, but k's float32, after its norm.
+            # In v's type: autocast makes v bfloat16, but k's norm gives float32.
             shape = *v.shape[:2], self.slots, v.shape[3]
             self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
         self.keys[:, :, self.filled] = k[:, :, 0]
@@ -431,7 +431,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     # adaLN's tables have a row for each picture, and a last one for "no class".
     copies = 1 if scale in (0, 1) else 2
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
-    table_row = torch.arange(copies * B, device=device).clamp(max=B)  # of each sequence
+    table_row = torch.arange(copies * B, device=device).clamp(max=B)  # 0 .. B - 1, then B only
     positions = model.position_embeddings(orders).repeat(copies, 1, 1)  # (copies * B, T + 1, D)
     caches = [Cache(T + 1) for _ in model.blocks]
 
@@ -551,7 +551,8 @@ def train_step(network, optimizer, config, batch, step, autocast):
         if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
             inputs = [x.contiguous().pin_memory().to(device, non_blocking=True) for x in inputs]
         fraction = len(inputs[0]) / config.batch
-        # Only the last micro-batch exchanges gradients, as with DDP.no_sync.
+        # Only the last micro-batch exchanges gradients, as with DDP.no_sync. (Without DDP this
+        # does nothing.)
         network.require_backward_grad_sync = stop >= count
         with autocast:
             loss, accuracy = training_loss(network, *inputs)
@@ -575,7 +576,7 @@ def evaluate(model, rows, config, autocast):
         nats, whole = 0, [x.to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
         for inputs in zip(*[x.split(config.micro_batch) for x in whole]):
             with autocast:
-                # Not the model itself, which torch.compile would compile again for these sizes.
+                # Not model(...), which torch.compile would compile again for these sizes.
                 loss, _ = training_loss(model.forward, *inputs)
             nats += loss.item() * len(inputs[0])
         bits[name] = nats / len(rows) / math.log(2)
@@ -594,7 +595,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     if checkpoints(folder):
         newest = checkpoints(folder)[0]
         state = read_tensors(newest)
-        with reading(newest):  # Those of earlier editions have no log.
+        with reading(newest):  # refuses those of earlier editions, which have no log
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             done, log = state["updates"], state["log"]
@@ -695,7 +696,8 @@ from tokenizer import (
 
 @dataclass
 class Config:
-    """The settings of a run, by default RAR-B's (Tables 1, 4, 6). What has a comment is a flag."""
+    """The settings of a run, by default RAR-B's (Tables 1, 4, 6). What has a comment is a flag of
+    `train`, and the comment is its help."""
     num_classes: int = 1000
     class_names: tuple = ()
     model: str = "RAR-B"  # preset of the others
@@ -722,7 +724,6 @@ class Config:
     betas: tuple = (0.9, 0.96)  # of AdamW
     order: str = "raster"  # of cells
     seed: int = 0  # for sample it is 1
-    # What follows may change when a run goes on.
     lr: float = 4e-4  # learning rate after warm-up
     min_lr: float = 1e-5  # learning rate at the end
     clip: float = 1.0  # largest norm of gradients
@@ -736,7 +737,8 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is int and value < (name != "seed"):
+            least = 1 if type(value) is int and name != "seed" else 0
+            if type(value) in (int, float) and not value >= least:
                 raise UserError(f"{name} = {value} is too small")
         if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
             raise UserError("--anneal wants two fractions of training, in order")
@@ -745,10 +747,10 @@ class Config:
         if self.width % self.heads or self.image_size % self.grid_size:
             raise UserError("--heads must divide --width, and --grid-size --image-size")
 
-# The comment of a field is the help of its flag.
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
-MAY_CHANGE = list(HELP)[list(HELP).index("lr"):]
+MAY_CHANGE = (*SAMPLING[2:], "lr", "min_lr", "clip", "micro_batch", "compile", "log_every",
+              "save_every")  # when a run goes on
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
                    grid_size=8, tokenizer="patch", warmup=0.05, log_every=20, compile=False)
@@ -806,8 +808,8 @@ def evenly(items, most):
 
 def places_of(names, count, model):
     """For each of `count` classes its place in a model, which for an unknown one is "no class".
-    Names that are whole numbers are compared by value. Without names, equally many classes are
-    the same."""
+    Names that are whole numbers are compared by value. Without names, equal counts match in
+    order."""
     def value(name):
         return int(name) if name.isdecimal() else name
 
@@ -850,13 +852,14 @@ def open_rows(config, pictures, held_out, tokenizer):
         sizes = config.num_classes, config.grid_size**2, config.codebook_size
         name = f"runs/tokens/{source.stem}-{fingerprint(tokenizer, sizes, stamp(source))}"
         paths = [Path(f"{name}-{part}.npy") for part in ("train", "held-out")]
-        if RANK == 0 and not paths[0].exists():
+        if RANK == 0 and not all(path.exists() for path in paths):
             import_jsonl(source, *paths, *sizes)
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
 
-    # eval has no pictures to train on.
-    rows = pictures and encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
+    rows = []
+    if pictures:  # eval has none
+        rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
 def stamp(path):
@@ -881,8 +884,35 @@ def encoded(pictures, tokenizer, crops, name):
 
 def train_command(args, given, device, autocast):
     """Train a model."""
-    old = args.out and read_config(args.out) or Config()
-    data = str(Path(given.get("data", old.data)))  # "photos/" is "photos"
+    folder, config, pictures, held_out = choose_config(args.out, given, device)
+    print(f"{folder}: --model {config.model}, {config.num_classes} classes, "
+          f"{config.image_size} pixels, {config.steps:,} updates")
+    if config.compile and device.type == "cuda":
+        print("compiling takes a minute; --no-compile does without")
+    if config.model == "small":
+        print("on a GPU, fine-tuning RAR-B is better: see the README")
+    if config.batch < WORLD_SIZE:
+        raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
+
+    with locked(folder):
+        if RANK == 0:
+            write_text(folder / "config.json", json.dumps(vars(config), indent=1))
+            if not checkpoints(folder):
+                tokenizer = make_tokenizer(config, pictures)
+                write_tensors(folder / "tokenizer.pt", tokenizer.state_dict())
+        wait_for_all()
+        tokenizer = open_tokenizer(config, folder).to(device)
+        if tokenizer.image_size != config.image_size:
+            raise UserError(f"--image-size {config.image_size} is not the tokenizer's")
+        rows, held_out = open_rows(config, pictures, held_out, tokenizer)
+        train(config, folder, tokenizer, rows, held_out, device, autocast)
+    print(f"look at {folder}/step-{config.steps:06}.png\n"
+          f"next: python rar.py sample --weights {folder}")
+
+def choose_config(out, given, device):
+    """The folder of a run, its Config, and its (class, path) pairs to train on and held out."""
+    old = out and read_config(out) or Config()
+    data = given.get("data", old.data).rstrip("/")
     names, pictures, held_out = find_data(data)
     given |= dict(data=data, num_classes=len(names) or 1000, class_names=names)
     preset = "small"
@@ -891,52 +921,31 @@ def train_command(args, given, device, autocast):
     elif not pictures or len(names) == 1000 and device.type == "cuda":
         preset = "RAR-B"
     preset = given.get("model", preset)
-    name = Path(data).resolve().name.removesuffix(".jsonl")
-    folder = Path(args.out or f"runs/{name}-{preset}")
+    folder = Path(out or f"runs/{Path(data).resolve().name.removesuffix('.jsonl')}-{preset}")
 
     config = read_config(folder)
     if config and checkpoints(folder):  # Flags that are given change it, if they may.
-        for name, new in given.items():
-            old = getattr(config, name)
-            if new != old and name not in MAY_CHANGE:
-                raise UserError(f"{folder} has {name} = {str(old)[:60]}: choose another --out")
-            if new != old:
-                print(f"{folder}: {name} was {old} and is {new} from now on")
+        for name, value in given.items():
+            before = getattr(config, name)
+            if value != before and name not in MAY_CHANGE:
+                raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
+            if value != before:
+                print(f"{folder}: {name} was {before} and is {value} from now on")
         config = replace(config, **given)
     elif not config and any(folder.glob("[!.]*")):
         raise UserError(f"{folder} holds other files: choose another --out")
     else:
         chosen, count = dict(model=preset), min(len(pictures), given.get("photographs", 60_000))
         if data == "shapes":
-            chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch")
+            chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch",
+                           crops="center")
         if preset == "small" and 0 < count < 2000:  # or they would be memorised
             chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                            crops="ten", dropout=0.2)
         config = replace(PRESETS[preset], **chosen | given)
-
-    if config.batch < WORLD_SIZE:
-        raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
-
-    print(f"{folder}: --model {config.model}, {config.num_classes} classes, "
-          f"{config.image_size} pixels, {config.steps:,} updates")
-    if config.compile and device.type == "cuda":
-        print("compiling takes a minute; --no-compile does without")
-    fit_micro_batch(config, given, device, 16, 80 if config.compile else 105)  # as measured
-    if config.model == "small":
-        print("on a GPU, fine-tuning RAR-B is better: see the README")
-    with locked(folder):
-        pictures = evenly(pictures, config.photographs)
-        if RANK == 0:
-            write_text(folder / "config.json", json.dumps(vars(config), indent=1))
-            if not checkpoints(folder):
-                tokenizer = make_tokenizer(config, pictures)
-                write_tensors(folder / "tokenizer.pt", tokenizer.state_dict())
-        wait_for_all()
-        tokenizer = open_tokenizer(config, folder).to(device)
-        rows, held_out = open_rows(config, pictures, held_out, tokenizer)
-        train(config, folder, tokenizer, rows, held_out, device, autocast)
-    print(f"look at {folder}/step-{config.steps:06}.png\n"
-          f"next: python rar.py sample --weights {folder}")
+        # Bytes as measured, of a parameter and of a state
+        fit_micro_batch(config, given, device, 16, 80 if config.compile else 105)
+    return folder, config, evenly(pictures, config.photographs), held_out
 
 def sample_command(args, given, device, autocast):
     """Draw pictures."""
@@ -985,7 +994,7 @@ def sample_command(args, given, device, autocast):
     if args.precision == "bfloat16":
         to_bfloat16(model)
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():
-        to_mkldnn(model.blocks)  # faster for a few rows
+        to_mkldnn(model.blocks)  # in place, and faster for a few rows
     with ThreadPoolExecutor() as pool:
         for numbers, tokens in sample_tokens(model, labels, config, autocast, missing, known):
             pixels = to_uint8(tokenizer.decode(tokens))
@@ -993,16 +1002,20 @@ def sample_command(args, given, device, autocast):
     wait_for_all()
 
     if RANK == 0 and path != store:
-        pixels = np.empty((count, size, size, 3), np.uint8)
-        for i, file in enumerate(tqdm(files, "reading", leave=False)):
-            pixels[i] = Image.open(file)
-        if path.suffix == ".png":
-            save_grid(path, to_float(pixels), [names[i] for i in classes])
-        else:
-            with replacing(path) as part, open(part, "wb") as file:
-                np.savez(file, arr_0=pixels)
+        put_together(path, files, size, [names[i] for i in classes])
         shutil.rmtree(store)
     print(f"{path}: {count:,} pictures, seed {config.seed}")
+
+def put_together(path, files, size, names):
+    """Make a grid or an .npz of PNGs."""
+    pixels = np.empty((len(files), size, size, 3), np.uint8)
+    for i, file in enumerate(tqdm(files, "reading", leave=False)):
+        pixels[i] = Image.open(file)
+    if path.suffix == ".png":
+        save_grid(path, to_float(pixels), names)
+    else:
+        with replacing(path) as part, open(part, "wb") as file:
+            np.savez(file, arr_0=pixels)
 
 def to_bfloat16(model):
     """Store what autocast would cast in every batch."""
@@ -1051,13 +1064,15 @@ def load_model(path, given, device):
             heads=D // len(state["blocks.0.attn.q_norm.bias"]),
             mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
             grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
-        config = read_config(path.parent) or presets.get((D, depth), Config())
-        if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
-            given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
+    config = read_config(path.parent) or presets.get((D, depth), Config())
+    if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
+        given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
+    config = replace(config, **sizes | given)
+    with reading(path):
         with torch.device("meta"):  # Initial weights would take long.
-            model = RAR(replace(config, **sizes | given))
+            model = RAR(config)
         model.load_state_dict(state, assign=True)
-    return model.to(device, torch.float32).eval(), model.config, path.parent
+    return model.to(device, torch.float32).eval(), config, path.parent
 
 RELEASED_MODELS = {  # file and SHA-256
     "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
@@ -1094,46 +1109,48 @@ def run_command(argv):
     commands = parser.add_subparsers(required=True)
     for name, function, settings in (
             ("train", train_command, HELP),
-            ("eval", eval_command, ["data", "order", "micro_batch"]),
-            ("sample", sample_command, [*SAMPLING, "micro_batch"])):
+            ("sample", sample_command, [*SAMPLING, "micro_batch"]),
+            ("eval", eval_command, ["data", "order", "micro_batch"])):
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
         flag = command.add_argument
 
-        orders = ORDERS + ("random",) * (function == sample_command)
+        orders = ORDERS + ("random",) * (name == "sample")
         choices = dict(model=PRESETS, crops=CROPS, order=orders)
-        for name in settings:
-            default = getattr(Config, name)
-            options = dict(type=type(default), choices=choices.get(name))
+        for setting in settings:
+            default = getattr(Config, setting)
+            options = dict(type=type(default), choices=choices.get(setting))
             if type(default) is tuple:
                 options = dict(type=float, nargs=2)
             if type(default) is bool:
                 options = dict(action=argparse.BooleanOptionalAction)
-            flag("--" + name.replace("_", "-"), help=f"{HELP[name]} [{default}]", **options)
+            shown = f" [RAR-B: {default}]" if name == "train" else ""
+            flag("--" + setting.replace("_", "-"), help=HELP[setting] + shown, **options)
         flag("--device", choices=["cuda", "cpu"])
         flag("--precision", choices=["float32", "tf32", "bfloat16"], help="of matrix products")
-        if function == train_command:
+
+        if name == "train":
             flag("--out", help="folder of the run [runs/DATA-MODEL]")
         else:
             flag("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
-
-    # What is left is about sample, the last command. Seed 0 would draw the preview again.
-    command.set_defaults(seed=1)
-    flag("--classes", nargs="+", help="numbers or names [all]")
-    flag("--count", type=int, help="pictures [5 of each class]")
-    flag("--out", help="X.png for a grid, X.npz, or X for a PNG each [a new grid]")
-    flag("--complete", metavar="PICTURE", help="picture to complete")
-    flag("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
-         help="pixels of its central square that stay [the upper half]")
+        if name == "sample":
+            command.set_defaults(seed=1)  # Seed 0 would draw the preview again.
+            flag("--classes", nargs="+", help="numbers or names [all]")
+            flag("--count", type=int, help="pictures [5 of each class]")
+            flag("--out", help="X.png for a grid, X.npz, or X for a PNG each [a grid in the run]")
+            flag("--complete", metavar="PICTURE", help="picture to complete")
+            flag("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
+                 help="pixels of its central square that stay [the upper half]")
     args = parser.parse_args(argv)
 
     given = {name: value for name, value in vars(args).items()
              if name in HELP and value is not None}
     on_cuda = "bfloat16" if args.function == train_command else "tf32"
     device, args.precision, autocast = choose_device(args.device, args.precision, on_cuda)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD_SIZE > 1:  # The others may wait for rank 0 for long.
+    if WORLD_SIZE > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # The others may wait for rank 0 for long.
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     out, err = (sys.stdout, sys.stderr) if RANK == 0 else [open(os.devnull, "w")] * 2
     with redirect_stdout(out), redirect_stderr(err):
@@ -1194,7 +1211,8 @@ def wait_for_all():
 
 @contextmanager
 def noting_signals():
-    """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one strikes at once."""
+    """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one of a kind strikes at
+    once. (Not of any kind, because after Ctrl-C torchrun sends SIGTERM, too.)"""
     def note(number, frame):
         tqdm.write("stopping after this update", file=sys.stderr)
         noted.append(number)
@@ -1222,7 +1240,7 @@ def locked(folder):
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another training run: choose another --out")
         except (ImportError, OSError):
-            pass  # nor have some file systems
+            pass  # Some file systems have no locks.
         yield
 
 def write_text(path, text):
@@ -1233,7 +1251,7 @@ def write_tensors(path, tensors):
     with replacing(path) as part, open(part, "wb") as file:
         try:
             torch.save(tensors, file)
-        except RuntimeError as error:  # It hides that the disk is full.
+        except RuntimeError as error:  # It can hide a full disk.
             raise error.__context__ or error
 
 @contextmanager
