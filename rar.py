@@ -67,7 +67,7 @@ from tqdm import tqdm
 # ---- 1. Orders: random at first, then less and less
 
 def randomness(step, start, end):
-    """r in update `step`: 1 before `start`, 0 from `end` on, a line between (paper, Section 3.2)."""
+    """r in update `step`: 1 before `start`, 0 from `end` on, a line between (paper, 3.2)."""
     if step < start:
         return 1.0
     if step >= end:
