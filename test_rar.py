@@ -701,7 +701,7 @@ def test_held_out():
     assert names("few") == [{"3.png"}, {"1.png"}]  # with the smallest hash, if none is small
 
 def test_damaged_pictures(photographs, capsys, refused):
-    """Up to ten are left out, here of those to train on, and named. More, or all, are too many."""
+    """Up to ten are left out, and named. More, or all, are too many."""
     touch(*[f"photos/dogs/{name}.png" for name in (*range(11), "\udcff")])
     works(SMALL)
     said = capsys.readouterr().out
@@ -897,7 +897,7 @@ a.npy | recall      needs a reference | fid sfid precision recall""".splitlines(
             is_same = scores[name] == approx(value, rel=1e-4)
             assert is_same == (name not in others.split())
 
-    # the mean over 5,000 pictures at a time, of which the last are ten
+    # the mean over 5,000 pictures at a time
     p = cheap(np.load("long.npy"))[2].double().softmax(1)
     parts = [(x * (x / x.mean(0)).log()).sum(1).mean().exp() for x in p.split(5000)]
     assert scores_of("long.npy")["is"] == approx(sum(parts).item() / 2, rel=1e-6)
