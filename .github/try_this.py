@@ -1,6 +1,6 @@
 """The experiments of the README's section "Try this", as a table.
 
-    python .github/try_this.py        half an hour for each of three seeds; it can be continued
+    python .github/try_this.py        an hour or two; it can be continued
 
 Bits are per token of held-out drawings, in the final and in random order. "In class" are per cent
 of 500 samples, as the classifier of shapes_score.py sees them.
@@ -57,7 +57,7 @@ def main():
             run = Path("runs", "shapes-tiny" if TINY else name)
             if not (run / "checkpoint-0001500.pt").exists():
                 command = f"rar.py train --seed {seed} --out {run} {flags}"
-                subprocess.run([sys.executable, *command.split()], check=True)
+                subprocess.run([sys.executable, *command.split()], check=True, stdout=sys.stderr)
             row = f"| {flags} | {updates} | {how} |"
             figures = found.setdefault(row, [])
             if len(figures) == seed:
