@@ -1,6 +1,6 @@
 """Do the released weights score as the paper says?
 
-    python .github/released.py RAR-B        or RAR-L, RAR-XL, RAR-XXL; wants a GPU
+    python .github/released.py RAR-B        or -L, -XL, -XXL; wants a GPU
 
 Draws 50,000 pictures with the paper's settings, and fails if a score is off. Can go on.
 """
