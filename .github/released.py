@@ -2,7 +2,7 @@
 
     python .github/released.py RAR-B        or -L, -XL, -XXL; wants a GPU
 
-Draws 50,000 pictures with the paper's settings, and fails if a score is off. Can go on.
+Draws 50,000 pictures with the paper's settings, and fails if a score is off.
 """
 
 import argparse
