@@ -737,8 +737,9 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = 1 if type(value) is int and name != "seed" else 0
-            if type(value) in (int, float) and not value >= least:
+            kind = type(getattr(Config, name))
+            least = 1 if kind is int and name != "seed" else 0
+            if kind in (int, float) and not value >= least:
                 raise UserError(f"{name} = {value} is too small")
         if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
             raise UserError("--anneal wants two fractions of training, in order")
