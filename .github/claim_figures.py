@@ -1,175 +1,119 @@
-"""Draws claim_bits.png and claim_when.png from claim.json, and prints the tables of claim.md.
+"""Draws and tells what came out of claim.py. By itself it draws the 23 earlier runs (claim.json).
 
-    python .github/claim_figures.py [FOLDER]        a second; the pictures go to .github or FOLDER
+    python .github/claim_figures.py [FOLDER]        claim_bits.png goes to .github or FOLDER
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import t as student
 
 HERE = Path(__file__).parent
-OUT = Path(sys.argv[1]) if sys.argv[1:] else HERE
-RESULTS = json.loads((HERE / "claim.json").read_text())
-SCHEDULES = {"raster": ("0-0", "#c0392b"), "annealed": ("0.5-0.75", "#1f5fa8"),
-             "always random": ("1-1", "#7f7f7f")}
-PAIRS = ("0-0", "0.25-0.5", "0.5-0.75", "0.75-1", "1-1")
-ZOOM = 2  # drawn larger, then made smaller: smooth lines
+COLOURS = {"raster": "#c0392b", "annealed": "#1f5fa8", "random": "#7f7f7f"}
 
 
-class Sheet:
-    def __init__(self, width, height):
-        self.image = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
-        self.pen = ImageDraw.Draw(self.image)
+def draw(path, panels):
+    """Bits against updates: each seed, thin, and their mean. panels are {title: arms}, and arms
+    {name: (updates, bits of each seed)}."""
+    # Drawn larger, then made smaller: smooth lines.
+    image = Image.new("RGB", (880 * len(panels), 800), "white")
+    pen = ImageDraw.Draw(image)
 
-    def line(self, points, colour, width=1.0):
-        points = [(x * ZOOM, y * ZOOM) for x, y in points]
-        self.pen.line(points, colour, round(width * ZOOM), joint="curve")
+    def text(x, y, words, colour="black", anchor="mm", size=23):
+        pen.text((x, y), words, colour, ImageFont.load_default(size), anchor)
 
-    def text(self, x, y, text, colour="black", anchor="mm", size=13):
-        font = ImageFont.load_default(size=size * ZOOM)
-        self.pen.text((x * ZOOM, y * ZOOM), text, colour, font, anchor=anchor)
+    curves = [bits for arms in panels.values() for _, seeds in arms.values() for bits in seeds]
+    low = math.floor(5 * min(map(min, curves))) / 5
+    high = math.ceil(5 * max(bits[-1] for bits in curves)) / 5 + 0.2
+    for number, (title, arms) in enumerate(panels.items()):
+        x0, y0, y1 = 110 + 880 * number, 100, 700
+        x1 = x0 + 600
+        last = max(steps[-1] for steps, _ in arms.values())
 
-    def box(self, x0, y0, x1, y1, colour):
-        self.pen.rectangle([v * ZOOM for v in (x0, y0, x1, y1)], colour)
+        def place(step, bits):
+            return x0 + (x1 - x0) * step / last, y1 - (y1 - y0) * (bits - low) / (high - low)
 
-    def dot(self, x, y, radius, fill, edge):
-        self.pen.ellipse([v * ZOOM for v in (x - radius, y - radius, x + radius, y + radius)],
-                         fill, edge, ZOOM)
-
-    def save(self, name):
-        size = (self.image.width // ZOOM, self.image.height // ZOOM)
-        self.image.resize(size, Image.LANCZOS).save(OUT / name, optimize=True)
-
-
-def runs(regime, pair, *flags):
-    """The runs of this schedule, one for each seed."""
-    names = ("-".join([regime, pair, *flags, str(seed)]) for seed in range(9))
-    return [RESULTS[name] for name in names if name in RESULTS]
-
-
-def curve(run, key="final_order_bits"):
-    return [line["step"] for line in run["log"]], [line[key] for line in run["log"]]
-
-
-def draw_bits():
-    """Held-out bits against updates: the mean of two seeds, and each of them, thin."""
-    sheet, low, high, top, bottom = Sheet(880, 400), 5.2, 7.0, 50, 350
-    panels = {"few": (60, 360, 1200, "2,000 photographs, 19 passes"),
-              "plenty": (490, 770, 750, "10,000 photographs, 2.4 passes")}
-
-    def place(x0, x1, last, step, bits):
-        return (x0 + (x1 - x0) * step / last,
-                bottom - (bottom - top) * (min(bits, high) - low) / (high - low))
-
-    for regime, (x0, x1, last, title) in panels.items():
-        sheet.text((x0 + x1) / 2, 16, title, size=15)
-        sheet.box(x0 + (x1 - x0) / 2, top, x0 + (x1 - x0) * 0.75, bottom, "#edf2f9")
-        sheet.text(x0 + (x1 - x0) * 0.625, top - 10, "r from 1 to 0", "#1f5fa8", size=11)
+        pen.rectangle([place(last / 2, high), place(0.75 * last, low)], "#edf2f9")
+        text(place(0.625 * last, low)[0], 80, "r from 1 to 0", COLOURS["annealed"])
+        text((x0 + x1) / 2, 30, title, size=30)
+        text(x0 - 90, 68, "held-out bits per token", anchor="lm")
         for bits in np.arange(low, high + 0.01, 0.2):
-            y = place(x0, x1, last, 0, bits)[1]
-            sheet.line([(x0, y), (x1, y)], "#dddddd", 0.5)
-            sheet.text(x0 - 6, y, f"{bits:.1f}", anchor="rm", size=11)
-        for step in range(0, last + 1, last // 4 if last % 4 == 0 else 150):
-            sheet.text(place(x0, x1, last, step, low)[0], bottom + 12, str(step), size=11)
-        sheet.line([(x0, top), (x0, bottom), (x1, bottom)], "black", 1)
-        sheet.text((x0 + x1) / 2, bottom + 32, "updates")
-        for name, (pair, colour) in SCHEDULES.items():
-            curves = [curve(run) for run in runs(regime, pair)]
-            if not curves:
-                continue
-            mean = list(zip(curves[0][0], np.mean([bits for _, bits in curves], axis=0)))
-            shown = [i for i, (_, bits) in enumerate(mean) if bits <= high]
-            for steps, bits in curves:
-                sheet.line([place(x0, x1, last, steps[i], bits[i]) for i in shown], colour, 0.7)
-            points = [place(x0, x1, last, *mean[i]) for i in shown]
-            sheet.line(points, colour, 2.2)
-            sheet.text(points[-1][0] + 6, points[-1][1] - 7, name, colour, "lm")
-            sheet.text(points[-1][0] + 6, points[-1][1] + 7, f"{mean[-1][1]:.2f}", colour, "lm")
-    sheet.text(8, 34, "held-out bits per token, raster order", anchor="lm", size=12)
-    sheet.save("claim_bits.png")
+            pen.line([place(0, bits), place(last, bits)], "#dddddd")
+            text(x0 - 12, place(0, bits)[1], f"{bits:.1f}", anchor="rm")
+        for step in np.linspace(0, last, 6):
+            text(place(step, low)[0], y1 + 24, f"{step:.0f}")
+        text((x0 + x1) / 2, y1 + 64, "updates")
+        pen.line([(x0, y0), (x0, y1), (x1, y1)], "black", 2)
+
+        for name, (steps, seeds) in arms.items():
+            mean = np.mean(seeds, axis=0)
+            for bits, width in [*((each, 1) for each in seeds), (mean, 5)]:
+                shown = [place(s, b) for s, b in zip(steps, bits) if b <= high]
+                pen.line(shown, COLOURS[name], width, joint="curve")
+            x, y = place(last, mean[-1])
+            text(x + 12, y - 14, name, COLOURS[name], "lm")
+            text(x + 12, y + 14, f"{mean[-1]:.2f}", COLOURS[name], "lm")
+    image.resize((image.width // 2, 400), Image.LANCZOS).save(path, optimize=True)
 
 
-def draw_when():
-    """The five pairs: r over training, held-out bits at the end, distance of the samples; a dot is
-    a seed. Hollow: raster's best bits on the way; always random in random order."""
-    sheet, height, top, blue = Sheet(880, 330), 46, 60, "#1f5fa8"
-    strip, columns = (110, 330), {
-        "held-out bits per token": (390, 600, 5.4, 7.0, 0.4, 1),
-        "Frechet distance of samples": (650, 860, 2.0, 4.5, 0.5, 1)}
-    bottom = top + len(PAIRS) * height
-    sheet.text(sum(strip) / 2, 24, "r over training", size=14)
-    for title, (x0, x1, low, high, tick, digits) in columns.items():
-        sheet.text((x0 + x1) / 2, 24, title, size=14)
-        for value in np.arange(low, high + 0.01, tick):
-            x = x0 + (x1 - x0) * (value - low) / (high - low)
-            sheet.line([(x, top - 14), (x, bottom)], "#dddddd", 0.5)
-            sheet.text(x, bottom + 12, f"{value:.{digits}f}", size=11)
-    for row, pair in enumerate(PAIRS):
-        y, (start, end) = top + (row + 0.4) * height, map(float, pair.split("-"))
-        of, (x0, x1) = runs("few", pair), strip
-        sheet.text(x0 - 14, y, pair.replace("-", " to "), anchor="rm")
-        for x in range(x0, x1):
-            at = (x - x0) / (x1 - x0)
-            r = 1.0 if at < start else (end - at) / (end - start) if at < end else 0.0
-            sheet.box(x, y + 12 - 24 * r, x + 1, y + 12, "#8fb2dc")
-        sheet.line([(x0, y + 12), (x1, y + 12)], "black", 0.7)
-        solid = [[curve(run)[1][-1] for run in of],
-                 [run["score"]["raster"]["distance"] for run in of]]
-        hollow, note = [[], []], ""
-        if pair == "0-0":
-            hollow, note = [[min(curve(run)[1]) for run in of], []], "best on the way"
-        if pair == "1-1":
-            hollow = [[curve(run, "random_order_bits")[1][-1] for run in of],
-                      [run["score"]["random"]["distance"] for run in of]]
-            note = "in random order"
-        for (x0, x1, low, high, *_), *kinds in zip(columns.values(), solid, hollow):
-            for numbers, fill in zip(kinds, (blue, "white")):
-                at = [x0 + (x1 - x0) * (number - low) / (high - low) for number in numbers]
-                for x in at:
-                    sheet.dot(x, y, 5, fill, blue if fill == "white" else "white")
-                if at and fill == "white":
-                    sheet.text(np.mean(at), y - 14, note, blue, size=11)
-    sheet.save("claim_when.png")
+def print_rows(rows, tell):
+    """A line of each row {title: runs}, with a cell for each number that a run has."""
+    columns = [*next(iter(rows.values()))[0]]
+    print("\n|", " | ".join(["", *columns]), "|\n|" + "---|" * (1 + len(columns)))
+    for title, runs in rows.items():
+        cells = [tell([run[column] for run in runs]) for column in columns]
+        print("|", " | ".join([title, *cells]), "|")
 
 
-def told(numbers, digits):
-    """The mean, and in brackets each seed."""
-    numbers = list(numbers)
-    each = ", ".join(f"{number:.{digits}f}" for number in numbers)
-    return f"{np.mean(numbers):.{digits}f} ({each})"
+def each(numbers):
+    return f"{np.mean(numbers):.3f} ({', '.join(f'{number:.3f}' for number in numbers)})"
 
 
-def print_samples(title, of, order="raster"):
-    scores = [run["score"][order] for run in of if order in run["score"]]
-    if not scores:
-        return
-    best = [min(curve(run)[1]) for run in of]
-    last = [run["log"][-1]["final_order_bits"] for run in of]
-    print("|", " | ".join([
-        title, told(best, 2), told(last, 2), " ".join(f"{s['scale']:g}" for s in scores),
-        told((100 * s["accuracy"] for s in scores), 1), told((s["distance"] for s in scores), 2),
-        told((100 * s["grid"][0]["accuracy"] for s in scores), 1),
-        told((s["grid"][0]["distance"] for s in scores), 2),
-        told((100 * s["nearest"] for s in scores), 1)]), "|")
+def interval(numbers):
+    """The mean and half of its 95 % interval, which two seeds make wide."""
+    half = student.ppf(0.975, len(numbers) - 1) * np.std(numbers, ddof=1) / len(numbers)**0.5
+    return f"{np.mean(numbers):+.3f} ± {half:.3f}"
+
+
+def report(results, path):
+    """Draw the results {arm-seed: score.json}, print a table, and what annealing changes."""
+    rows, arms = {}, {}
+    for name, result in results.items():
+        arm, steps = name.split("-")[0], result.pop("steps")
+        arms.setdefault(arm, (steps, []))[1].append(result["raster"]["bits"])
+        for order, score in result.items():
+            bits = score.pop("bits")
+            ends = {"bits, best": min(bits), "at the end": bits[-1]}
+            rows.setdefault(f"{arm}, {order} order", []).append(ends | score)
+    draw(path, {"a thin line is a seed": arms})
+    print_rows(rows, each)
+    annealed, changes = rows.pop("annealed, raster order", []), {}
+    for title, runs in rows.items():
+        changes[f"annealed minus {title}"] = [
+            {key: ours[key] - theirs[key] for key in ours} for ours, theirs in zip(annealed, runs)]
+    changes = {title: runs for title, runs in changes.items() if len(runs) > 1}
+    if changes:
+        print_rows(changes, interval)
+
+
+def main():
+    folder = Path(sys.argv[1]) if sys.argv[1:] else HERE
+    results = json.loads((HERE / "claim.json").read_text())
+    panels = {"2,000 photographs, 19 passes": "few", "10,000 photographs, 2.4 passes": "plenty"}
+    pairs = {"raster": "0-0", "random": "1-1", "annealed": "0.5-0.75"}
+    for title, regime in panels.items():
+        panels[title] = {}
+        for arm, pair in pairs.items():
+            names = [f"{regime}-{pair}-{seed}" for seed in range(3)]
+            logs = [results[name]["log"] for name in names if name in results]
+            bits = [[line["final_order_bits"] for line in log] for log in logs]
+            panels[title][arm] = [line["step"] for line in logs[0]], bits
+    draw(folder / "claim_bits.png", panels)
 
 
 if __name__ == "__main__":
-    draw_bits()
-    draw_when()
-    print({key: RESULTS[key] for key in ("photographs", "reconstructions")})
-    for regime in ("few", "short", "plenty"):
-        near = [r["score"]["held-out nearest"] for n, r in RESULTS.items() if n.startswith(regime)]
-        print(f"\n{regime}: held-out photographs have {near[0]:.1%} of the nearest's tokens\n"
-              "| schedule | best bits | last bits | scale | accuracy, % | distance | "
-              "unguided: accuracy | distance | tokens of the nearest, % |")
-        for pair in PAIRS:
-            for order in ("raster", "random"):
-                print_samples(f"{pair}, {order} order", runs(regime, pair), order)
-            print_samples(f"{pair}, dropout", runs(regime, pair, "dropout", "0.1"))
-    for title, flags in (("with", ()), ("without", ("no-target-aware",))):
-        for key in ("random_order_bits", "final_order_bits"):
-            numbers = [curve(run, key)[1][-1] for run in runs("plenty", "1-1", *flags)]
-            print(f"{title} target-aware embedding, {key}: {told(numbers, 3)}")
+    main()

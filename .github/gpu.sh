@@ -28,15 +28,6 @@ scores)  # The two should agree to 1e-4. measure.py has written weights and nois
         python fid.py "$golden/images8.npz" "$out/noise.npy" --weights "$out/inception.pt" \
             --device $device
     done ;;
-claim)
-    learn raster --anneal 0 0 & first=$!
-    # The others take its tokenizer and its tokens, which are there when training has begun.
-    until [ -e "$out/raster/log.jsonl" ] || ! kill -0 $first; do sleep 1; done
-    learn random --anneal 1 1 --tokenizer "$out/raster/tokenizer.pt" & second=$!
-    learn annealed --anneal 0.5 0.75 --tokenizer "$out/raster/tokenizer.pt"
-    wait $first
-    wait $second
-    python .github/photos.py "$data" "$out/raster" "$out/random" "$out/annealed" ;;
 photographs)  # the preset as on a CPU, the same at 64x64, and a larger model
     time python rar.py train --data "$data" --out "$out/small" --model small
     python .github/photos.py "$data" "$out/small"

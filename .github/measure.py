@@ -1,7 +1,7 @@
 """Measures on a GPU what nobody has measured yet, the most important first.
 
     python .github/measure.py --out DIR                 ten minutes, or --minutes
-    python .github/measure.py --out DIR --only claim    steps that begin so
+    python .github/measure.py --out DIR --only photo    steps that begin so
     python .github/measure.py --out DIR --tiny          try it, on a CPU, too
 
 Each step is a process. First come those that time nothing, side by side. A figure goes to
@@ -39,15 +39,15 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 BACKEND = "inductor" if CUDA else "eager"  # which compiles nothing, so a CPU need not wait
 
 SIZES = ("RAR-B", "RAR-XL", "RAR-XXL")
-SIDE_BY_SIDE = [*(f"compile {size}" for size in SIZES), "logits", "ddp", "claim", "tests"]
+SIDE_BY_SIDE = [*(f"compile {size}" for size in SIZES), "logits", "ddp", "tests"]
 IN_TURN = [
     *(f"sampling {size} {precision} {who}" for size in SIZES[:2] for who in ("ours", "theirs")
       for precision in ("tf32", "bfloat16")),
     *(f"training {size} {who}" for who in ("compiled", "theirs", "eager") for size in SIZES),
     "sampling RAR-B bfloat16 compiled", "sample-tf32", "sample-bfloat16", "shapes", "inception",
     "scores", "photographs"]
-NEEDS = {"theirs": ARGS.authors, "claim": ARGS.data, "photographs": ARGS.data,
-         "inception": ARGS.golden, "scores": ARGS.golden}
+NEEDS = {"theirs": ARGS.authors, "photographs": ARGS.data, "inception": ARGS.golden,
+         "scores": ARGS.golden}
 if TINY:
     SIDE_BY_SIDE = ["logits", "ddp"]
     IN_TURN = ["sampling RAR-B bfloat16 compiled", "training RAR-B compiled", "inception"]
