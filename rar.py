@@ -759,7 +759,7 @@ PRESETS = {  # with micro-batches for 80 GB
     "tiny": Config(**WITHOUT_GPU, crops="center", codebook_size=192, label_dropout=0.2, steps=1500,
                    batch=16, lr=4e-3, save_every=500, scale=1.65, power=0.0, temperature=0.8),
     "small": Config(**WITHOUT_GPU, crops="flip", photographs=60_000, codebook_size=2048,
-                    anneal=(0.25, 0.5), steps=1400, batch=64, lr=3e-3, save_every=350,
+                    anneal=(0.25, 0.5), steps=1150, batch=64, lr=3e-3, save_every=300,
                     scale=4.0, power=1.0, temperature=0.95),
     "RAR-S": Config(depth=12, steps=20_000, batch=256, micro_batch=128, save_every=1000),
     "RAR-B": Config(),
@@ -797,8 +797,9 @@ def find_data(data):
     """Names of classes, and (class, path) pairs to train on and held out."""
     if data == "shapes":
         return [*SHAPES], [], []
+    if not Path(data).exists():
+        raise UserError(f"--data {data}: no such file or folder")
     if data.endswith(".jsonl"):
-        Path(data).stat()  # A wrong path should show before the long work.
         return [], [], []
     return [folder.name for folder in class_folders(data)], *labelled_pictures(data)
 
@@ -926,9 +927,12 @@ def choose_config(out, given, device):
 
     config = read_config(folder)
     if config and checkpoints(folder):  # Flags that are given change it, if they may.
+        is_finished = checkpoints(folder)[0].name == f"checkpoint-{config.steps:07}.pt"
+        if is_finished:
+            print(f"{folder} is finished: for a new run, choose another --out")
         for name, value in given.items():
             before = getattr(config, name)
-            if value != before and name not in MAY_CHANGE:
+            if value != before and (is_finished or name not in MAY_CHANGE):
                 raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
             if value != before:
                 print(f"{folder}: {name} was {before} and is {value} from now on")
@@ -941,8 +945,8 @@ def choose_config(out, given, device):
             chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch",
                            crops="center")
         if preset == "small" and 0 < count < 2000:  # or they would be memorised
-            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
-                           crops="ten", dropout=0.2)
+            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1150, max(300, count)),
+                           crops="ten", dropout=0.2, save_every=100)
         config = replace(PRESETS[preset], **chosen | given)
         # Bytes as measured, of a parameter and of a state
         fit_micro_batch(config, given, device, 16, 80 if config.compile else 105)
@@ -983,6 +987,8 @@ def sample_command(args, given, device, autocast):
     path = Path(args.out or folder / f"samples-{fingerprint(tokenizer, settings, count)}.png")
     if args.out and path.is_file():
         raise UserError(f"{path} is there already: choose another --out")
+    if path.suffix not in (".png", ".npz", "") and not path.is_dir():
+        raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder")
 
     # Numbered PNGs, of which a grid or an .npz is made in the end
     store = Path(f"{path}.parts") if path.suffix in (".png", ".npz") else path
@@ -1092,7 +1098,8 @@ def find_weights(path):
     path = Path(path or max(runs, key=os.path.getmtime, default="runs/*/weights.pt"))
     path = path / "weights.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no weights file {path}: make one with python rar.py train")
+        raise UserError(f"no weights file {path}: make one with python rar.py train, or name "
+                        "RAR-B .. RAR-XXL")
     return path
 
 def load_init(model, config):

@@ -1055,7 +1055,7 @@ train --grid-size 5 --out a
 train --out file/run | 'file/run'
 train --out photos | photos holds other files
 train --out foreign | foreign/config.json
-train --data nowhere | 'nowhere'
+train --data nowhere
 sample --classes 10 | --classes 10: choose from 10: circle, square
 sample --keep 0 0 9 9
 eval --data photos""".splitlines():
