@@ -759,8 +759,9 @@ PRESETS = {  # with micro-batches for 80 GB
     "tiny": Config(**WITHOUT_GPU, crops="center", codebook_size=192, label_dropout=0.2, steps=1500,
                    batch=16, lr=4e-3, save_every=500, scale=1.65, power=0.0, temperature=0.8),
     "small": Config(**WITHOUT_GPU, crops="flip", photographs=60_000, codebook_size=2048,
-                    anneal=(0.25, 0.5), steps=1150, batch=64, lr=3e-3, save_every=300,
-                    scale=4.0, power=1.0, temperature=0.95),
+                    anneal=(0.25, 0.5), steps=1400, batch=64, lr=3e-3, save_every=350,
+                    # glibc asks the system anew for more than 32 MB, which logits of 64 would take.
+                    micro_batch=16, scale=4.0, power=1.0, temperature=0.95),
     "RAR-S": Config(depth=12, steps=20_000, batch=256, micro_batch=128, save_every=1000),
     "RAR-B": Config(),
     "RAR-L": Config(width=1024, mlp_width=4096, scale=15.5, power=2.5, temperature=1.02),
@@ -945,7 +946,7 @@ def choose_config(out, given, device):
             chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch",
                            crops="center")
         if preset == "small" and 0 < count < 2000:  # or they would be memorised
-            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1150, max(300, count)),
+            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                            crops="ten", dropout=0.2, save_every=100)
         config = replace(PRESETS[preset], **chosen | given)
         # Bytes as measured, of a parameter and of a state
