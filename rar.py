@@ -1170,7 +1170,8 @@ def run_command(argv):
         args.function(args, given, device, autocast)
 
 def main(argv=None):
-    """Run a command. Returns its exit code: 0, 2 for a mistake, or 130 for Ctrl-C."""
+    """Run a command. Returns its exit code: 0, 2 for a mistake, or 130 for Ctrl-C. A process of
+    torchrun ends here."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for odd file names
     try:
         run_command(argv)
@@ -1188,6 +1189,11 @@ def main(argv=None):
     if code:
         time.sleep(2 * (RANK > 0))  # If rank 0 says the same, torchrun ends us first.
         print(message, file=sys.stderr)
+    if WORLD_SIZE > 1:
+        # Trap: in 1 of 35 runs a process aborted ("terminate called") after Python had ended.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 # ---- 11. Processes and files
