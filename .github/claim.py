@@ -3,7 +3,7 @@
     python .github/claim.py DIR [--seeds 3]
 
 DIR has train/CLASS/PICTURE and val/CLASS/PICTURE. After each run, what is known is told, and drawn
-in runs/claim-*. After a stop the same command goes on.
+in runs/claim-*. It can be continued.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def main():
 
     runs = [(arm, seed) for seed in range(ARGS.seeds) for arm in ARMS]
     runs = runs[:5] if ARGS.tiny else runs
-    with ThreadPoolExecutor(2) as pool:  # two side by side
+    run(*runs[0])  # makes the tokens
+    with ThreadPoolExecutor(2) as pool:
         for _ in pool.map(run, *zip(*runs)):
             results = {path.parent.name: json.loads(path.read_text())
                        for path in sorted(OUT.glob("*/score.json"))}
