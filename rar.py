@@ -192,7 +192,7 @@ class RAR(nn.Module):
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
         logits = self.head(x, self.adaln_before_head.adaLN_modulation(condition))
-        return logits[:, 1:]  # Slot 0, cls, predicts nothing.
+        return logits[:, 1:]  # not of slot 0, because only slot 1 knows the class
 
     def prompt(self, labels):
         """What the first two slots hold, cls and class: (B, 2, D)."""
@@ -298,7 +298,7 @@ def make_optimizer(model, config):
 
 @lru_cache(maxsize=2)  # A batch may lie in two epochs, and 12.8 million rows take 0.7 s.
 def shuffled(count, seed, epoch):
-    """The rows as an epoch visits them."""
+    """Numbers of rows (count,) in the order of an epoch, each of which has an order of its own."""
     # The 1 keeps these numbers apart from those of update `epoch`, whose key is (seed, step).
     return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
@@ -609,7 +609,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
         network = nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=not config.target_aware)
 
-    annealing = math.ceil(config.anneal[0] * config.steps)  # starts after this update
+    annealing = math.ceil(config.anneal[0] * config.steps)
     milestones = {annealing, config.steps, *range(0, config.steps, config.save_every)}
     logged = {1, *milestones, *range(0, config.steps, config.log_every)}
     bar = tqdm(range(done, config.steps), "training", config.steps, initial=done)
@@ -861,7 +861,7 @@ def open_rows(config, pictures, held_out, tokenizer):
         return [np.load(path, mmap_mode="r") for path in paths]
 
     rows = []
-    if pictures:  # eval has none
+    if pictures:  # eval needs held-out rows only, and gives none
         rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
@@ -1015,7 +1015,7 @@ def sample_command(args, given, device, autocast):
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
 def put_together(path, files, size, names):
-    """Make a grid or an .npz of PNGs."""
+    """Write the pictures of a store as one grid or .npz, which the ending of `path` decides."""
     pixels = np.empty((len(files), size, size, 3), np.uint8)
     for i, file in enumerate(tqdm(files, "reading", leave=False)):
         pixels[i] = Image.open(file)
@@ -1077,7 +1077,7 @@ def load_model(path, given, device):
         given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
     config = replace(config, **sizes | given)
     with reading(path):
-        with torch.device("meta"):  # Initial weights would take long.
+        with torch.device("meta"):  # no memory, because weights are assigned below
             model = RAR(config)
         model.load_state_dict(state, assign=True)
     return model.to(device, torch.float32).eval(), config, path.parent
@@ -1172,7 +1172,7 @@ def run_command(argv):
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a mistake, or 130 for Ctrl-C. A process of
     torchrun ends here."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for odd file names
+    sys.stdout.reconfigure(errors="backslashreplace")  # or a name not in UTF-8 can't be printed
     try:
         run_command(argv)
         code = 0
