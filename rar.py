@@ -192,7 +192,7 @@ class RAR(nn.Module):
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
         logits = self.head(x, self.adaln_before_head.adaLN_modulation(condition))
-        return logits[:, 1:]  # not of slot 0, because only slot 1 knows the class
+        return logits[:, 1:]  # without slot 0: the first token is predicted in slot 1
 
     def prompt(self, labels):
         """What the first two slots hold, cls and class: (B, 2, D)."""
