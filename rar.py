@@ -540,29 +540,28 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     mine = slice(rank * config.batch // processes, (rank + 1) * config.batch // processes)
     return tokens[mine], labels[mine], orders[mine], r
 
-def train_step(network, optimizer, config, batch, step, autocast):
+def train_step(model, optimizer, config, batch, step, autocast):
     """Make update `step` of tokens, labels and orders. Returns loss, accuracy, gradient norm and
     learning rate, as tensors, so that nothing waits for the GPU."""
-    device, count = next(network.parameters()).device, len(batch[0])
+    device = next(model.parameters()).device
+    if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
+        batch = [x.contiguous().pin_memory() for x in batch]
+    whole = [x.to(device, non_blocking=True) for x in batch]
     sums = torch.zeros(2, device=device)
-    for start in range(0, count, config.micro_batch):
-        stop = start + config.micro_batch
-        inputs = [x[start:stop] for x in batch[:3]]
-        if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
-            inputs = [x.contiguous().pin_memory().to(device, non_blocking=True) for x in inputs]
-        fraction = len(inputs[0]) / config.batch
-        # Only the last micro-batch exchanges gradients, as with DDP.no_sync. (Without DDP this
-        # does nothing.)
-        network.require_backward_grad_sync = stop >= count
+    for inputs in zip(*[x.split(config.micro_batch) for x in whole]):
         with autocast:
-            loss, accuracy = training_loss(network, *inputs)
-        # Each loss counts as its fraction of the batch. Over all micro-batches and processes these
-        # add up to 1. But DDP averages over processes, so their number is a factor.
-        (loss * fraction * WORLD_SIZE).backward()
+            loss, accuracy = training_loss(model, *inputs)
+        # Over all micro-batches and processes these fractions of the batch add up to 1.
+        fraction = len(inputs[0]) / config.batch
+        (loss * fraction).backward()
         sums += fraction * torch.stack([loss.detach(), accuracy])
 
-    norm, lr = update(network, optimizer, config, step)
-    optimizer.zero_grad(set_to_none=False)  # in place, because DDP has views of them
+    # The processes began with the same weights. With the same gradients they stay the same.
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            sum_over_processes(parameter.grad)
+    norm, lr = update(model, optimizer, config, step)
+    optimizer.zero_grad()
     return *sum_over_processes(sums), norm, lr
 
 @torch.no_grad()
@@ -604,10 +603,6 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
 
     if config.compile and device.type == "cuda":
         model.compile()  # in place, so parameters keep their names
-    network = model
-    if WORLD_SIZE > 1:
-        network = nn.parallel.DistributedDataParallel(
-            model, gradient_as_bucket_view=True, find_unused_parameters=not config.target_aware)
 
     annealing = math.ceil(config.anneal[0] * config.steps)
     milestones = {annealing, config.steps, *range(0, config.steps, config.save_every)}
@@ -620,7 +615,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
             # Dropout, too, depends on the update only, so that a run can be continued.
             torch.manual_seed(hash((config.seed, step, RANK)))
             model.train()
-            results = train_step(network, optimizer, config, batch, step, autocast)
+            results = train_step(model, optimizer, config, batch, step, autocast)
 
             done = step + 1
             stop = in_any_process(signals)
@@ -702,7 +697,7 @@ class Config:
     class_names: tuple = ()
     model: str = "RAR-B"  # preset of the others
     data: str = "shapes"  # shapes, a folder of class folders, or a .jsonl of tokens
-    image_size: int = 256  # pixels a side
+    image_size: int = 256  # pixels a side, if the tokenizer is patch
     crops: str = "ten"  # of photographs: ten, flip (two) or center
     photographs: int = 10**9  # at most so many, evenly from all classes
     tokenizer: str = "released"  # released, patch (fitted to the data), or a file
@@ -743,8 +738,6 @@ class Config:
                 raise UserError(f"{name} = {value} is too small")
         if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
             raise UserError("--anneal wants two fractions of training, in order")
-        if not 0 <= self.min_lr <= self.lr:
-            raise UserError("--min-lr must be from 0 to --lr")
         if self.width % self.heads or self.image_size % self.grid_size:
             raise UserError("--heads must divide --width, and --grid-size --image-size")
 
@@ -798,28 +791,17 @@ def find_data(data):
     """Names of classes, and (class, path) pairs to train on and held out."""
     if data == "shapes":
         return [*SHAPES], [], []
-    if not Path(data).exists():
-        raise UserError(f"--data {data}: no such file or folder")
     if data.endswith(".jsonl"):
         return [], [], []
-    return [folder.name for folder in class_folders(data)], *labelled_pictures(data)
+    names = [folder.name for folder in class_folders(data)]
+    # Numbers are the same class with zeros in front.
+    names = [str(int(name)) if name.isdecimal() else name for name in names]
+    return names, *labelled_pictures(data)
 
 def evenly(items, most):
     """At most so many items, evenly from all of them."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
-
-def places_of(names, count, model):
-    """For each of `count` classes its place in a model, which for an unknown one is "no class".
-    Names that are whole numbers are compared by value. Without names, equal counts match in
-    order."""
-    def value(name):
-        return int(name) if name.isdecimal() else name
-
-    places = {value(name): place for place, name in enumerate(model.class_names)}
-    if not (names and places) and count == model.num_classes:
-        return range(count)
-    return [places.get(value(name), model.num_classes) for name in names or [""] * count]
 
 def make_tokenizer(config, pictures):
     """The tokenizer of a new run."""
@@ -894,8 +876,6 @@ def train_command(args, given, device, autocast):
         print("compiling takes a minute; --no-compile does without")
     if config.model == "small":
         print("on a GPU, fine-tuning RAR-B is better: see the README")
-    if config.batch < WORLD_SIZE:
-        raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
 
     with locked(folder):
         if RANK == 0:
@@ -905,8 +885,6 @@ def train_command(args, given, device, autocast):
                 write_tensors(folder / "tokenizer.pt", tokenizer.state_dict())
         wait_for_all()
         tokenizer = open_tokenizer(config, folder).to(device)
-        if tokenizer.image_size != config.image_size:
-            raise UserError(f"--image-size {config.image_size} is not the tokenizer's")
         rows, held_out = open_rows(config, pictures, held_out, tokenizer)
         train(config, folder, tokenizer, rows, held_out, device, autocast)
     print(f"look at {folder}/step-{config.steps:06}.png\n"
@@ -928,12 +906,9 @@ def choose_config(out, given, device):
 
     config = read_config(folder)
     if config and checkpoints(folder):  # Flags that are given change it, if they may.
-        is_finished = checkpoints(folder)[0].name == f"checkpoint-{config.steps:07}.pt"
-        if is_finished:
-            print(f"{folder} is finished: for a new run, choose another --out")
         for name, value in given.items():
             before = getattr(config, name)
-            if value != before and (is_finished or name not in MAY_CHANGE):
+            if value != before and name not in MAY_CHANGE:
                 raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
             if value != before:
                 print(f"{folder}: {name} was {before} and is {value} from now on")
@@ -962,14 +937,11 @@ def sample_command(args, given, device, autocast):
     size = tokenizer.image_size
 
     names = config.class_names or [str(i) for i in range(config.num_classes)]
-    number_of = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for name in args.classes or []:
-        if name not in number_of:
+        if name not in names:
             raise UserError(f"--classes {name}: choose from {len(names)}: {', '.join(names[:20])}")
-    classes = [number_of[name] for name in args.classes or names]
-    count = min(60, 5 * len(classes)) if args.count is None else args.count
-    if count < 1:
-        raise UserError(f"--count {count}: ask for a picture or more")
+    classes = [names.index(name) for name in args.classes or names]
+    count = args.count or min(60, 5 * len(classes))
     labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
 
     known = None
@@ -1047,12 +1019,10 @@ def eval_command(args, given, device, autocast):
     """Bits per token on held-out pictures."""
     model, config, folder = load_model(args.weights, given, device)
     names, _, held_out = find_data(config.data)
-    places = places_of(names, len(names), config)
-    if names and {*places} != {*range(config.num_classes)}:
-        others = sorted({*names} ^ {*(config.class_names or names)})[:10]
+    others = sorted({*names} ^ {*(config.class_names or names)})[:10]
+    if names and (others or len(names) != config.num_classes):
         raise UserError(f"--data {config.data} has {len(names)} classes, the model "
                         f"{config.num_classes}; not in both: {', '.join(others)}")
-    held_out = [(places[number], path) for number, path in held_out]
     tokenizer = open_tokenizer(config, folder).to(device)
     _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
@@ -1092,9 +1062,7 @@ RELEASED_MODELS = {  # file and SHA-256
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
     if path in RELEASED_MODELS:
-        path = fetch("yucornetto/RAR", *RELEASED_MODELS[path])
-        released_tokenizer()
-        return path
+        return fetch("yucornetto/RAR", *RELEASED_MODELS[path])
     runs = Path("runs").glob("*/weights.pt")
     path = Path(path or max(runs, key=os.path.getmtime, default="runs/*/weights.pt"))
     path = path / "weights.pt" if path.is_dir() else path
@@ -1106,20 +1074,25 @@ def find_weights(path):
 def load_init(model, config):
     """Start from the weights of --init. Classes that they lack begin as "no class"."""
     other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
-    state, first = other.state_dict(), config.codebook_size + 1
-    places = places_of(config.class_names, config.num_classes, theirs)
+    state, first, no_class = other.state_dict(), config.codebook_size + 1, theirs.num_classes
+    places = {name: place for place, name in enumerate(theirs.class_names)}
+    classes = [places.get(name, no_class) for name in config.class_names]
+    if not (places and classes):  # Without names, equally many classes are the same.
+        n = config.num_classes
+        classes = range(n) if n == no_class else n * [no_class]
     with reading(config.init):
-        rows = [*range(first), *[first + place for place in places], -1]
+        rows = [*range(first), *[first + place for place in classes], -1]
         state["embeddings.weight"] = state["embeddings.weight"][rows]
         model.load_state_dict(state)
 
 def run_command(argv):
     parser = argparse.ArgumentParser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
+    devices = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
     for name, function, settings in (
             ("train", train_command, HELP),
-            ("sample", sample_command, [*SAMPLING, "micro_batch"]),
-            ("eval", eval_command, ["data", "order", "micro_batch"])):
+            ("eval", eval_command, ["data", "order", "micro_batch"]),
+            ("sample", sample_command, [*SAMPLING, "micro_batch"])):
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
         flag = command.add_argument
@@ -1135,38 +1108,31 @@ def run_command(argv):
                 options = dict(action=argparse.BooleanOptionalAction)
             shown = f" [RAR-B: {default}]" if name == "train" else ""
             flag("--" + setting.replace("_", "-"), help=HELP[setting] + shown, **options)
-        flag("--device", choices=["cuda", "cpu"])
+        flag("--device", choices=devices, default=devices[-1])
         flag("--precision", choices=["float32", "tf32", "bfloat16"], help="of matrix products")
-
         if name == "train":
             flag("--out", help="folder of the run [runs/DATA-MODEL]")
         else:
             flag("--weights", help="file, run, or RAR-B .. RAR-XXL [the newest run]")
-        if name == "sample":
-            command.set_defaults(seed=1)  # Seed 0 would draw the preview again.
-            flag("--classes", nargs="+", help="numbers or names [all]")
-            flag("--count", type=int, help="pictures [5 of each class]")
-            flag("--out", help="X.png for a grid, X.npz, or X for a PNG each [a grid in the run]")
-            flag("--complete", metavar="PICTURE", help="picture to complete")
-            flag("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
-                 help="pixels of its central square that stay [the upper half]")
+
+    # What is left is about sample, the last of them. Seed 0 would draw the preview again.
+    command.set_defaults(seed=1)
+    flag("--classes", nargs="+", help="names, or numbers of released models [all]")
+    flag("--count", type=int, help="pictures [5 of each class]")
+    flag("--out", help="X.png for a grid, X.npz, or X for a PNG each [a grid in the run]")
+    flag("--complete", metavar="PICTURE", help="picture to complete")
+    flag("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
+         help="pixels of its central square that stay [the upper half]")
     args = parser.parse_args(argv)
 
     given = {name: value for name, value in vars(args).items()
              if name in HELP and value is not None}
     on_cuda = "bfloat16" if args.function == train_command else "tf32"
     device, args.precision, autocast = choose_device(args.device, args.precision, on_cuda)
-    if WORLD_SIZE > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # The others may wait for rank 0 for long.
+    if WORLD_SIZE > 1:  # The others may wait for rank 0 for long.
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     out, err = (sys.stdout, sys.stderr) if RANK == 0 else [open(os.devnull, "w")] * 2
     with redirect_stdout(out), redirect_stderr(err):
-        weights = given.get("init") or getattr(args, "weights", None)
-        if RANK == 0 and weights in RELEASED_MODELS:
-            find_weights(weights)  # The others find what it fetches.
-        wait_for_all()
         args.function(args, given, device, autocast)
 
 def main(argv=None):
@@ -1180,10 +1146,8 @@ def main(argv=None):
         code, message = 130, "interrupted: run the same command to continue"
     except (UserError, OSError) as error:
         code, message = 2, f"error: {error}"
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("MemoryError|(of|allocate) memory", repr(error)):
-            raise
-        code, message = 2, "error: out of memory: lower --micro-batch or --batch"
+    except (MemoryError, torch.OutOfMemoryError):
+        code, message = 2, "error: out of memory: lower --micro-batch"
     if code != 2 and dist.is_initialized():
         dist.destroy_process_group()  # not after an error, or the others would fail first
     if code:
@@ -1200,14 +1164,13 @@ def main(argv=None):
 
 def choose_device(name, precision, on_cuda):
     """The device, the precision of matrix products, and its autocast context."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU")
-    device = torch.device(f"cuda:{TOLD.get('LOCAL_RANK', 0)}" if name == "cuda" else "cpu")
+    device = torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(int(TOLD.get("LOCAL_RANK", 0)))
     # Older cards have no TF32, and would emulate bfloat16 slowly.
-    is_new = name == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    is_new = name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     precision = precision or (on_cuda if is_new else "float32")
-    if not is_new and (precision == "tf32" or name == "cuda" and precision == "bfloat16"):
+    if name == "cuda" and not is_new and precision != "float32":
         raise UserError(f"--precision {precision} needs a GPU of compute capability 8 or more")
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"

@@ -281,7 +281,7 @@ def test_the_same_updates(patch):
         *batch, r = rar.draw_batch(ROWS, config, step)
         assert all(map(torch.equal, batch, batches[step]))
         expected = one.training_loss(model, *batch)
-        found = rar.train_step(model, optimizer, config, (*batch, r), step, PLAIN)
+        found = rar.train_step(model, optimizer, config, batch, step, PLAIN)
         assert torch.allclose(torch.stack(found[:2]), torch.stack(expected))
     found, expected = (each(tokens, labels, orders) for each in (model, plain))
     assert torch.allclose(found, expected, atol=1e-3)
@@ -439,10 +439,11 @@ def test_micro_batch_fits(gigabytes, flags, fits, patch, capsys):
 
 def test_older_cards(patch, refused):
     """Before compute capability 8 there is no TF32, and bfloat16 would be slow."""
+    patch.setattr(torch.cuda, "set_device", bool)
     patch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, expected in (((8, 0), "tf32"), ((7, 5), "float32")):
-        patch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        _, precision, _ = rar.choose_device(None, None, "tf32")
+        patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        _, precision, _ = rar.choose_device("cuda", None, "tf32")
         assert precision == expected
     for precision in ("tf32", "bfloat16"):
         assert precision in refused(f"train --precision {precision}")
@@ -485,7 +486,7 @@ def test_classes_are_matched(photographs, capsys, refused):
     works("eval")
     assert f"held-out {bits:.3f} bits" in capsys.readouterr().out
     os.rename("photos/x", "photos/y")
-    assert refused("eval").endswith("not in both: 02, 2, x, y")
+    assert refused("eval").endswith("not in both: x, y")
 
 def test_fine_tuning(photographs, refused):
     """In the only update of a second run the learning rate is 0."""
@@ -544,7 +545,7 @@ def test_samples(trained, patch, refused):
     paint("mine/photo.png")
     before = contents("folder") | contents("mine")
     assert len(before) == 25 + 1 + 1
-    for out in ("folder --seed 2", "folder --scale 2", "folder --classes 3", "mine",
+    for out in ("folder --seed 2", "folder --scale 2", "folder --classes star", "mine",
                 f"folder --weights {min(run.glob('checkpoint*'))}", "a/b/x.npz", "mine/photo.png"):
         assert out.split()[0] in refused(f"{SAMPLE} {out}")
     assert contents("folder") | contents("mine") == before
@@ -569,7 +570,7 @@ def test_grids(trained, capsys, patch):
     first, _, last = sorted(run.glob("checkpoint*"))
     drawn = calls(patch, rar, "generate")
     for n, (more, warned) in enumerate([
-            ("--classes heart 3 --order spiral_in", True), ("", False),
+            ("--classes heart star --order spiral_in", True), ("", False),
             (f"--weights {last}", False), ("--seed 2", False),
             (f"--order random --weights {first}", False), ("--precision bfloat16", False)]):
         works(f"sample --out {n}.png {more}")
@@ -1048,8 +1049,6 @@ def test_mistakes(patch, refused):
     touch("file", "photos/a/1.png", "photos/a/2.png", "foreign/config.json")
     patch.setattr(rar, "train", lambda *_: pytest.fail("not refused"))
     for line in """train --batch 0 --out a | batch = 0
-train --precision tf32
-train --device cuda
 train --anneal 0.9 0.1 --out a
 train --grid-size 5 --out a
 train --out file/run | 'file/run'
@@ -1062,11 +1061,11 @@ eval --data photos""".splitlines():
         command, _, named = line.partition(" | ")
         assert (named or command.split()[1]) in refused(command)
     assert contents(run) == before and sorted(os.listdir()) == ["file", "foreign", "photos", "runs"]
-    with pytest.raises(SystemExit, match="2"):
-        rar.main(["draw"])
+    for line in ("draw", "train --device cuda"):
+        with pytest.raises(SystemExit, match="2"):
+            works(line)
     for error, named in ((OSError("broken"), "broken"), (MemoryError(), "--micro-batch"),
-                         (RuntimeError("CUDA out of memory"), "--micro-batch"),
-                         (RuntimeError("can't allocate memory"), "--micro-batch")):
+                         (torch.OutOfMemoryError(), "--micro-batch")):
         patch.setattr(rar, "load_model", raising(error))
         assert named in refused("eval")
     patch.setattr(rar, "load_model", raising(RuntimeError("CUDA error: illegal access")))

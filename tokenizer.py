@@ -317,7 +317,7 @@ def class_folders(folder):
     root = root if root.is_dir() else Path(folder)
     # val/ is held out, runs/ is ours, and __MACOSX is macOS's.
     others = {Path(each).resolve() for each in ("runs", f"{folder}/val", root / "__MACOSX")}
-    found = sorted(path for path in root.iterdir() if path.is_dir()
+    found = sorted(path for path in root.glob("*") if path.is_dir()
                    and path.name[0] != "." and path.resolve() not in others)
     if not found:
         raise UserError(f"--data {folder}: expected DIR/CLASS/PICTURE")
