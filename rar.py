@@ -676,7 +676,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -1029,20 +1029,20 @@ def eval_command(args, given, device, autocast):
 
 def load_model(path, given, device):
     """The model at a path, its Config and folder. Sizes are read off the weights, other settings
-    are given, or in the config.json beside them, or in the preset of that size."""
+    are given, or in the config.json beside them, or in the preset of that width."""
     path = find_weights(path)
     checkpoint = read_tensors(path)
     state = checkpoint.get("model", checkpoint)
-    presets = {(preset.width, preset.depth): preset for preset in PRESETS.values()}
     with reading(path):
         (rows, D), V = state["embeddings.weight"].shape, len(state["lm_head.bias"])
-        depth = sum(name.endswith(".attn.qkv.bias") for name in state)
         sizes = dict(
-            width=D, depth=depth, codebook_size=V, num_classes=rows - V - 2,
+            width=D, codebook_size=V, num_classes=rows - V - 2,
+            depth=sum(name.endswith(".attn.qkv.bias") for name in state),
             heads=D // len(state["blocks.0.attn.q_norm.bias"]),
             mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
             grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
-    config = read_config(path.parent) or presets.get((D, depth), Config())
+    presets = {preset.width: preset for preset in PRESETS.values()}
+    config = read_config(path.parent) or presets.get(D, Config())
     if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
         given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
     config = replace(config, **sizes | given)
@@ -1131,13 +1131,14 @@ def run_command(argv):
     device, args.precision, autocast = choose_device(args.device, args.precision, on_cuda)
     if WORLD_SIZE > 1:  # The others may wait for rank 0 for long.
         dist.init_process_group(timeout=datetime.timedelta(days=1))
-    out, err = (sys.stdout, sys.stderr) if RANK == 0 else [open(os.devnull, "w")] * 2
-    with redirect_stdout(out), redirect_stderr(err):
-        args.function(args, given, device, autocast)
+    if RANK > 0:  # The first process speaks for all.
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    args.function(args, given, device, autocast)
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a mistake, or 130 for Ctrl-C. A process of
     torchrun ends here."""
+    stderr = sys.stderr
     sys.stdout.reconfigure(errors="backslashreplace")  # or a name not in UTF-8 can't be printed
     try:
         run_command(argv)
@@ -1148,15 +1149,12 @@ def main(argv=None):
         code, message = 2, f"error: {error}"
     except (MemoryError, torch.OutOfMemoryError):
         code, message = 2, "error: out of memory: lower --micro-batch"
-    if code != 2 and dist.is_initialized():
-        dist.destroy_process_group()  # not after an error, or the others would fail first
     if code:
         time.sleep(2 * (RANK > 0))  # If rank 0 says the same, torchrun ends us first.
-        print(message, file=sys.stderr)
+        print(message, file=stderr)
     if WORLD_SIZE > 1:
-        # Trap: in 1 of 35 runs a process aborted ("terminate called") after Python had ended.
+        # Trap: at the usual end of Python, 1 of 35 runs aborted in C++ ("terminate called").
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 
