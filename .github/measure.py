@@ -39,7 +39,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 BACKEND = "inductor" if CUDA else "eager"  # which compiles nothing, so a CPU need not wait
 
 SIZES = ("RAR-B", "RAR-XL", "RAR-XXL")
-SIDE_BY_SIDE = [*(f"compile {size}" for size in SIZES), "logits", "ddp", "tests"]
+SIDE_BY_SIDE = [*(f"compile {size}" for size in SIZES), "logits", "processes", "tests"]
 IN_TURN = [
     *(f"sampling {size} {precision} {who}" for size in SIZES[:2] for who in ("ours", "theirs")
       for precision in ("tf32", "bfloat16")),
@@ -49,7 +49,7 @@ IN_TURN = [
 NEEDS = {"theirs": ARGS.authors, "photographs": ARGS.data, "inception": ARGS.golden,
          "scores": ARGS.golden}
 if TINY:
-    SIDE_BY_SIDE = ["logits", "ddp"]
+    SIDE_BY_SIDE = ["logits", "processes"]
     IN_TURN = ["sampling RAR-B bfloat16 compiled", "training RAR-B compiled", "inception"]
 
 def say(text, file="summary.txt"):
