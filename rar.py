@@ -1,7 +1,7 @@
 """RAR in one file: Randomized Autoregressive Visual Generation (arXiv 2411.00776).
 
     python rar.py train              learns ten kinds of drawn shapes: 2 to 3 minutes on two CPU
-                                     cores, then 0.63 bits per token on new drawings
+                                     cores, then 0.63 bits per token of new ones (a guess: 7.6)
     python rar.py train --data DIR   learns your photographs, DIR/CLASS/PICTURE
     python rar.py sample             draws new pictures with the newest run
     python rar.py eval               its bits per token on held-out pictures
@@ -11,18 +11,20 @@ the number of the codebook entry that is most like it. A transformer learns to p
 one by one, as a language model predicts words. New pictures are drawn from it token by token.
 
 In which order? In raster order, row by row, a token is predicted only from what is above it and to
-its left. In random orders it is predicted from any other cells. So the model learns how every cell
-depends on every other, and raster order profits from that. RAR maximises, on average over pictures
-x and orders o, the sum over i of
+its left. In random orders it is predicted from any other cells, so the model learns how every cell
+depends on every other. All orders share the same weights, so raster order profits from that. RAR
+maximises, on average over pictures x and orders o, the sum over i of
 
     log p(x_o(i) | x_o(1), ..., x_o(i-1), class)
+
+where o(i) is the cell that comes i-th, and x_c the token of cell c.
 
 With probability r a picture's order is drawn from all T! orders, otherwise it is raster. r = 1 is
 the objective of permutation language models such as XLNet. But T! orders are more than a model can
 learn well, and drawing needs only one. So r is 1 for half of the training, falls to 0 in the third
 quarter, and stays there: the model ends on the order in which it will draw. In the paper the FID of
-RAR-L, a distance to real pictures, is 3.08 in raster order, 3.01 in random orders, and 2.18
-annealed.
+RAR-L, a distance to real pictures, is 3.08 if trained in raster order, 3.01 in random orders, and
+2.18 annealed.
 
 Random orders need one more thing: the model must be told which cell is asked for. After cells 2
 and 0, the order [2, 0, 3, 1] asks for cell 3, and the order [2, 0, 1, 3] for cell 1. So far the
@@ -30,10 +32,10 @@ model sees the same in both, so it could only give both the same answer. A secon
 embedding, the target-aware one, tells it the next cell. In a fixed order the next cell follows from
 the present one, so after annealing both embeddings could be merged into one (not done here).
 
-A slot is a place in the sequence, and x_c is the token of cell c. Below are the cells
-[[0, 1], [2, 3]] in the order [2, 0, 3, 1]. The sequence begins with a start token, cls, and the
-class. These two are never permuted, because every token is to be predicted from the class. adaLN,
-which tells each block class and slot, comes in section 2.
+A slot is a place in the sequence. Below are the cells [[0, 1], [2, 3]] in the order [2, 0, 3, 1].
+The sequence begins with a start token, cls, and the class. These two are never permuted, because
+every token is to be predicted from the class. adaLN, which tells each block class and slot, comes
+in section 2.
 
     slot                          0        1        2        3        4
     holds                        cls     class     x_2      x_0      x_3     (x_1 is last: no input)
@@ -42,18 +44,17 @@ which tells each block class and slot, comes in section 2.
     row of timesteps_...          0        1        2        3        4      (the slot, for adaLN)
     predicts                      -       x_2      x_0      x_3      x_1
 
-Part I is RAR: 1 orders, 2 model, 3 sampling, 4 training. Part II is both loops, fast: 5 scan
-orders, 6 sampling, 7 training. Part III is the program: 8 settings, 9 data, 10 commands, 11
-processes and files.
+Part I is RAR: orders, model, sampling, training. Part II is both loops, fast. Part III is the
+program around them: settings, data, commands.
 
-Shapes: B samples, T cells, S slots, V tokens in the codebook, D channels, H heads.
+Shapes: B samples, T cells, S slots (T + 1, or 1 with a cache), V tokens, D channels, H heads.
 """
 
 import math
 import os
 from functools import lru_cache
 
-# Without this, threads that spin while they wait make a busy CPU 30 times as slow.
+# For OpenMP, or else threads that spin while they wait make a busy CPU 30 times as slow.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -141,7 +142,7 @@ class Block(nn.Module):
 
     def forward(self, x, modulation, attend=causal):
         """(B, S, D) -> (B, S, D). The modulation (B, S, 6D) and the function that attends are
-        arguments, because sampling with a cache has other ones (section 6)."""
+        arguments, because the cache of section 6 passes its own."""
         (shift_attn, scale_attn, gate_attn,
          shift_mlp, scale_mlp, gate_mlp) = modulation.chunk(6, dim=-1)  # (B, S, D) each
         x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, attend)
@@ -156,8 +157,7 @@ class RAR(nn.Module):
         self.config = config
         D, T = config.width, config.grid_size**2
 
-        # cls comes from ViT, where a classifier reads its slot. Here no prediction is read from it,
-        # but the released models were trained with it.
+        # cls comes from ViT. Nothing is predicted in its slot, but the released models have it.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         # Rows for V tokens, then one that is unused, the classes, and "no class".
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, D)
@@ -192,7 +192,7 @@ class RAR(nn.Module):
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(condition))
         logits = self.head(x, self.adaln_before_head.adaLN_modulation(condition))
-        return logits[:, 1:]  # without slot 0: the first token is predicted in slot 1
+        return logits[:, 1:]  # Slot 1 predicts the first token.
 
     def prompt(self, labels):
         """What the first two slots hold, cls and class: (B, 2, D)."""
@@ -220,7 +220,7 @@ class RAR(nn.Module):
     def head(self, x, modulation):
         """Logits (B, S, V) of x (B, S, D), under a modulation (B, S, 2D)."""
         scale, shift = modulation.chunk(2, dim=-1)  # Trap: here scale comes before shift.
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6)  # without weights, as in DiT
         return self.lm_head(x * (1 + scale) + shift)
 
 def training_loss(model, tokens, labels, orders):
@@ -236,7 +236,7 @@ def training_loss(model, tokens, labels, orders):
 # ---- 3. Sampling, slowly. Tests compare part II with this loop and with that of section 4
 
 def guidance_weight(step, steps, scale, power):
-    """The weight g of classifier-free guidance for token `step` of `steps` (Section 4.1). Tokens
+    """The weight g of classifier-free guidance for token `step` of `steps` (paper, 4.1). Tokens
     are drawn from u + g (c - u), with logits c given the class and u without it. With g above 1,
     what the class makes likelier becomes likelier still: pictures get more typical, less varied. g
     goes from 1 to `scale`. A larger power delays it; with power 0 it is `scale` throughout."""
@@ -251,21 +251,21 @@ def draw(logits, temperature, uniforms):
     logits = logits - logits.amax(-1, keepdim=True)
     probabilities = torch.softmax(logits / temperature, dim=-1)
     cumulative = probabilities.cumsum(-1)
-    # By rounding, the last sum may be below 1, so uniforms are scaled by it.
+    # By rounding the last sum may be below 1, and a uniform above it would give no token.
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
 @torch.no_grad()
 def generate_slowly(model, labels, scale, power, temperature, uniforms, orders):
     """Draw tokens (B, T), in cell order, for labels (B,). orders[b, i] is the cell of draw i of
-    picture b, and uniforms[b, i] decides the draw."""
+    picture b, and uniforms[b, i] decides the draw. (First model.eval(), or dropout disturbs.)"""
     no_class = torch.full_like(labels, model.config.num_classes)
     tokens = torch.zeros_like(orders)
     for t in range(orders.shape[1]):
         # Attention is causal, so the tokens that are not drawn yet, 0, change nothing.
         logits = model(tokens, labels, orders)[:, t]  # (B, V)
 
-        # 0 and 1 switch guidance off. (By the formula, 0 would end without class. The authors'
-        # code differs.)
+        # 0 and 1 switch guidance off. (By the formula 0 would end at u, without the class. As in
+        # the authors' code, it does not.)
         if scale not in (0, 1):
             g = guidance_weight(t, orders.shape[1], scale, power)
             unconditional = model(tokens, no_class, orders)[:, t]
@@ -664,7 +664,7 @@ def save_checkpoint(folder, done, model, optimizer, log, annealing):
         if path.name != f"checkpoint-{annealing:07}.pt":
             path.unlink(missing_ok=True)
 
-# What follows holds nothing about RAR: it is the program around the two loops.
+# What follows holds nothing of the method: it is the program around the two loops.
 # ---- Part III: the program
 
 import argparse
