@@ -366,28 +366,27 @@ def scan_order(name, grid_size):
      8  9 10 11      2 13 14  7      2  6  3  7      8  9 12 13
     15 14 13 12      3  4  5  6     10 14 11 15     10 11 14 15
     """
-    N, half = grid_size, (grid_size + 1) // 2
-    grid = np.arange(N * N).reshape(N, N)
-    row, column = np.divmod(grid.flatten(), N)
+    cells = np.arange(grid_size**2)
+    if name.startswith("spiral"):
+        # Go down the left side, take it away, and turn the rest so that the next side is there.
+        spiral, rest = [], cells.reshape(grid_size, grid_size).T  # The left side is row 0.
+        while rest.size:
+            spiral.extend(rest[0])
+            rest = np.rot90(rest[1:])
+        return torch.tensor(spiral if name == "spiral_in" else spiral[::-1])
 
-    # Go down the left side, take it away, and turn the rest so that the next side is there.
-    spiral, rest = [], grid.T  # transposed, so that the left side is row 0
-    while rest.size:
-        spiral.extend(rest[0])
-        rest = np.rot90(rest[1:])
-    # Binary digits of row and column in turn: quarter by quarter, and so on within each.
-    place = sum((row >> i & 1) << 2 * i + 1 | (column >> i & 1) << 2 * i for i in range(8))
-
-    orders = {
-        "raster": grid.flatten(),
-        "alternate": np.concatenate([grid[i, ::(-1)**i] for i in range(N)]),
-        "spiral_in": np.array(spiral),
-        "spiral_out": np.array(spiral[::-1]),
-        # The first cells of all quarters, then the second ones. Trap: the last key counts most.
-        "subsample": np.lexsort((column // half, row // half, column % half, row % half)),
-        "z_curve": place.argsort(),
+    # The others sort the cells by keys. Trap: the last key counts most.
+    row, column = np.divmod(cells, grid_size)
+    half = (grid_size + 1) // 2
+    keys = {
+        "raster": (column, row),
+        "alternate": (column * (-1)**row, row),
+        # The first cells of all quarters, then the second ones
+        "subsample": (column // half, row // half, column % half, row % half),
+        # Binary digits of column and row in turn: quarter by quarter, and so on within each
+        "z_curve": [digits >> i & 1 for i in range(8) for digits in (column, row)],
     }
-    return torch.from_numpy(orders[name])
+    return torch.from_numpy(np.lexsort(keys[name]))
 
 # ---- 6. Sampling with a cache: the same tokens, but each slot runs once
 
@@ -401,8 +400,8 @@ class Cache:
         """Attention of the next slot to itself and to those before. All (B, H, 1, D/H)."""
         if self.filled == 0:
             # In v's type: autocast makes v bfloat16, but k's norm gives float32.
-            shape = *v.shape[:2], self.slots, v.shape[3]
-            self.keys, self.values = v.new_empty(shape), v.new_empty(shape)
+            self.keys = v.new_empty(*v.shape[:2], self.slots, v.shape[3])
+            self.values = torch.empty_like(self.keys)
         self.keys[:, :, self.filled] = k[:, :, 0]
         self.values[:, :, self.filled] = v[:, :, 0]
         self.filled += 1
@@ -421,22 +420,24 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     known (B, T), in cell order, holds given tokens, or -1. They should come first in an order,
     or the draws before them do not see them."""
     B, T, device = len(labels), model.config.grid_size**2, labels.device
-    uniforms = torch.rand(B, T, device=device) if uniforms is None else uniforms
-    orders = (torch.arange(T, device=device) if orders is None else orders).expand(B, T)
-    known = torch.full_like(orders, -1) if known is None else known.expand(B, T)
-    forced = known.gather(1, orders)  # (B, T): the result of each draw, or -1
-    drawn = torch.empty_like(orders)
+    if uniforms is None:
+        uniforms = torch.rand(B, T, device=device)
+    if orders is None:
+        orders = torch.arange(T, device=device).expand(B, T)
+    tokens = torch.full((B, T), -1, device=device)
+    if known is not None:
+        tokens.copy_(known)
 
     # With guidance a picture is two sequences: first come all with their class, then all without.
     # adaLN's tables have a row for each picture, and a last one for "no class".
     copies = 1 if scale in (0, 1) else 2
     classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
     table_row = torch.arange(copies * B, device=device).clamp(max=B)  # 0 .. B - 1, then B only
-    positions = model.position_embeddings(orders).repeat(copies, 1, 1)  # (copies * B, T + 1, D)
-    caches = [Cache(T + 1) for _ in model.blocks]
 
-    # Slots hold cls, the class, and then the tokens as they are drawn.
-    prompt = model.prompt(classes[table_row])  # (copies * B, 2, D)
+    # What enters the blocks, (copies * B, T + 1, D), but for the tokens that are not drawn yet
+    inputs = model.position_embeddings(orders).repeat(copies, 1, 1)
+    inputs[:, :2] += model.prompt(classes[table_row])
+    caches = [Cache(T + 1) for _ in model.blocks]
     for slot in range(T + 1):
         # adaLN is a third of all weights and needs class and slot only, so it runs ahead: its
         # weights are read 32 times less often. (All 256 slots would take too much memory.)
@@ -446,27 +447,31 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
             tables = [block.adaLN_modulation(condition) for block in model.blocks]
             head_table = model.adaln_before_head.adaLN_modulation(condition)
 
-        x = prompt[:, slot] if slot < 2 else model.embeddings(token).repeat(copies, 1)
-        x = (x + positions[:, slot])[:, None]  # (copies * B, 1, D)
+        x = inputs[:, slot, None]  # (copies * B, 1, D)
+        if slot > 1:
+            x = x + model.embeddings(token).repeat(copies, 1, 1)
         for block, table, cache in zip(model.blocks, tables, caches):
             modulation = table[table_row, slot % AHEAD, None]  # (copies * B, 1, 6D)
             x = block(x, modulation, cache.attend)
-        if slot == 0:  # predicts nothing
+        if slot == 0:  # cls predicts nothing.
             continue
 
-        t = slot - 1
         # In float32 also under autocast, because guidance would amplify rounding.
         with torch.autocast(device.type, enabled=False):
             modulation = head_table[table_row, slot % AHEAD, None].float()
             logits = model.head(x.float(), modulation)[:, 0]
+        t = slot - 1
         if copies == 2:
-            conditional, unconditional = logits.chunk(2)
+            logits, unconditional = logits.chunk(2)  # (B, V) each
             g = guidance_weight(t, T, scale, power)
-            logits = unconditional + g * (conditional - unconditional)  # (B, V)
-        token = draw(logits, temperature, uniforms[:, t])
-        token = torch.where(forced[:, t] < 0, token, forced[:, t])
-        drawn[:, t] = token
-    return torch.empty_like(drawn).scatter_(1, orders, drawn)  # in cell order
+            logits = unconditional + g * (logits - unconditional)
+
+        token = draw(logits, temperature, uniforms[:, t])[:, None]  # (B, 1)
+        cell = orders[:, t, None]
+        given = tokens.gather(1, cell)
+        token = torch.where(given < 0, token, given)
+        tokens.scatter_(1, cell, token)
+    return tokens
 
 def image_uniforms(seed, numbers, length):
     """Uniforms (B, length) that depend on the seed and the pictures' numbers only."""
@@ -487,42 +492,41 @@ def image_orders(config, numbers, known=None):
     return orders
 
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
-    """Yield numbers (B,) and tokens (B, T) of pictures, batch by batch. Up to rounding, picture i
+    """Yield numbers and tokens (B, T) of pictures, batch by batch. Up to rounding, picture i
     depends on labels[i], weights, settings and i only. known (T,) holds given tokens, or -1."""
-    device, B, T = model.cls_token.device, config.micro_batch, config.grid_size**2
-    numbers = list(range(len(labels)) if numbers is None else numbers)
-    known = torch.full((T,), -1) if known is None else known
+    device, B = model.cls_token.device, config.micro_batch
+    if numbers is None:
+        numbers = list(range(len(labels)))
+    known_there = None if known is None else known.to(device)
 
-    def draw_all(labels, uniforms, orders, known):
+    def draw_all(labels, uniforms, orders):
         with autocast:
             return generate(model, labels, config.scale, config.power, config.temperature,
-                            uniforms=uniforms, orders=orders, known=known)
+                            uniforms=uniforms, orders=orders, known=known_there)
 
-    is_recorded = device.type == "cuda" and len(numbers) > B
     for start in tqdm(range(0, len(numbers), B), "sampling", leave=False):
         batch = numbers[start:start + B]
-        count = len(batch)
-        if is_recorded:  # with one size, so the last batch is filled up
-            batch += batch[-1:] * (B - count)
-        uniforms, orders = image_uniforms(config.seed, batch, T), image_orders(config, batch, known)
-        inputs = [x.to(device) for x in (labels[batch], uniforms, orders, known)]
-        if is_recorded and start == 0:
+        uniforms = image_uniforms(config.seed, batch, config.grid_size**2)
+        orders = image_orders(config, batch, known)
+        inputs = [x.to(device) for x in (labels[batch], uniforms, orders)]
+        if device.type == "cuda" and start == 0 and len(numbers) > B:
             draw_all = recorded(draw_all, *inputs)
-        yield torch.tensor(batch[:count]), draw_all(*inputs)[:count]
+        yield batch, draw_all(*inputs)
 
 def recorded(function, *inputs):
     """The function as a CUDA graph, because a GPU runs small kernels faster than Python starts
-    them. Inputs must have these shapes."""
+    them. It keeps these inputs' size: fewer rows are filled up with those of the call before."""
     function(*inputs)  # In a first call libraries prepare themselves, which can't be recorded.
     graph = torch.cuda.CUDAGraph()  # thread_local: NCCL's threads may use the GPU meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function(*inputs)
 
     def replay(*others):
+        rows = len(others[0])
         for x, other in zip(inputs, others):
-            x.copy_(other)
+            x[:rows] = other
         graph.replay()
-        return output.clone()
+        return output[:rows].clone()
     return replay
 
 # ---- 7. Training that can be continued, on any number of GPUs
