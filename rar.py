@@ -482,14 +482,13 @@ def image_orders(config, numbers, known=None):
     """The orders (B, T) of pictures. Cells whose token is known (T,) come first."""
     T = config.grid_size**2
     if config.order == "random":
-        # The first T uniforms of a picture decide its draws, the next T its order.
-        orders = image_uniforms(config.seed, numbers, 2 * T)[:, T:].argsort(dim=1, stable=True)
+        # The first T uniforms of a picture decide its draws, the next T the turns of its cells.
+        turns = image_uniforms(config.seed, numbers, 2 * T)[:, T:]
     else:
-        orders = scan_order(config.order, config.grid_size).expand(len(numbers), T)
+        turns = scan_order(config.order, config.grid_size).argsort().expand(len(numbers), T)
     if known is not None:
-        is_open = (known[orders] < 0).int()
-        orders = orders.gather(1, is_open.argsort(dim=1, stable=True))  # 0 before 1
-    return orders
+        turns = turns - T * (known >= 0)  # before all others
+    return turns.argsort(dim=1, stable=True)
 
 def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     """Yield numbers and tokens (B, T) of pictures, batch by batch. Up to rounding, picture i
@@ -541,18 +540,22 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     tokens, labels = whole_batch(rows, config, step, rng)
     r = randomness(step, config.anneal[0] * config.steps, config.anneal[1] * config.steps)
     orders = sample_orders(*tokens.shape, r, scan_order(config.order, config.grid_size), rng)
-    mine = slice(rank * config.batch // processes, (rank + 1) * config.batch // processes)
+    mine = slice(rank, None, processes)
     return tokens[mine], labels[mine], orders[mine], r
+
+def micro_batches(tensors, config, device):
+    """Tensors with a row for each sample, on the device, as parts that fit into its memory."""
+    if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
+        tensors = [x.contiguous().pin_memory() for x in tensors]
+    tensors = [x.to(device, non_blocking=True) for x in tensors]
+    return zip(*[x.split(config.micro_batch) for x in tensors])
 
 def train_step(model, optimizer, config, batch, step, autocast):
     """Make update `step` of tokens, labels and orders. Returns loss, accuracy, gradient norm and
     learning rate, as tensors, so that nothing waits for the GPU."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
-        batch = [x.contiguous().pin_memory() for x in batch]
-    whole = [x.to(device, non_blocking=True) for x in batch]
+    device = model.cls_token.device
     sums = torch.zeros(2, device=device)
-    for inputs in zip(*[x.split(config.micro_batch) for x in whole]):
+    for inputs in micro_batches(batch, config, device):
         with autocast:
             loss, accuracy = training_loss(model, *inputs)
         # Over all micro-batches and processes these fractions of the batch add up to 1.
@@ -571,13 +574,15 @@ def train_step(model, optimizer, config, batch, step, autocast):
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
     """Bits per token on rows (N, 1 + T), in the final and in random orders."""
-    rows, bits = torch.from_numpy(rows.astype(np.int64)), {}
     order, device = scan_order(config.order, config.grid_size), model.cls_token.device
+    rows = torch.from_numpy(rows.astype(np.int64))
+    labels, tokens = rows[:, 0], rows[:, 1:]
+    bits = {}
     for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
         # For all rows at once, because orders must not depend on the micro-batch.
-        orders = sample_orders(len(rows), len(order), r, order, np.random.default_rng(0))
-        nats, whole = 0, [x.to(device) for x in (rows[:, 1:], rows[:, 0], orders)]
-        for inputs in zip(*[x.split(config.micro_batch) for x in whole]):
+        orders = sample_orders(*tokens.shape, r, order, np.random.default_rng(0))
+        nats = 0
+        for inputs in micro_batches([tokens, labels, orders], config, device):
             with autocast:
                 # Not model(...), which torch.compile would compile again for these sizes.
                 loss, _ = training_loss(model.forward, *inputs)
@@ -594,17 +599,9 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     torch.manual_seed(config.seed)
     model = RAR(config).to(device)
     optimizer = make_optimizer(model, config)
-    done, log = 0, []
-    if checkpoints(folder):
-        newest = checkpoints(folder)[0]
-        state = read_tensors(newest)
-        with reading(newest):  # refuses those of earlier editions, which have no log
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            done, log = state["updates"], state["log"]
-    elif config.init:
+    done, log = load_checkpoint(folder, model, optimizer)
+    if config.init and not done:
         load_init(model, config)
-
     if config.compile and device.type == "cuda":
         model.compile()  # in place, so parameters keep their names
 
@@ -631,19 +628,21 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                 raise UserError(f"update {done}: loss or gradient is not finite: run the same "
                                 "command with a lower --lr")
             passes = done * config.batch * CROPS[config.crops] / len(rows)
-            line = dict(step=done, loss=loss, accuracy=accuracy, r=r, lr=lr, gradient_norm=norm,
-                        passes=passes)
             bar.set_postfix(loss=loss, r=r, passes=passes)
 
-            if RANK == 0 and done in milestones:
-                line |= evaluate(model.eval(), held_out, config, autocast)
-                bar.write(f"update {done}: {in_words(config, line)}")
-                save_preview(folder, done, model, tokenizer, config, autocast)
-            if RANK == 0 and done in logged:  # A stop leaves no line, as if it had not been.
-                log.append(line)
-                write_text(folder / "log.jsonl", "\n".join([*map(json.dumps, log), ""]))
-            if RANK == 0 and (done in milestones or stop):
-                save_checkpoint(folder, done, model, optimizer, log, annealing)
+            if RANK == 0:
+                line = dict(step=done, loss=loss, accuracy=accuracy, r=r, lr=lr,
+                            gradient_norm=norm, passes=passes)
+                if done in milestones:
+                    line |= evaluate(model.eval(), held_out, config, autocast)
+                    bar.write(f"update {done}: {in_words(config, line)}")
+                    save_preview(folder, done, model, tokenizer, config, autocast)
+                if done in logged:  # A stop leaves no line, as if it had not been.
+                    log.append(line)
+                    text = "".join(json.dumps(line) + "\n" for line in log)
+                    write_text(folder / "log.jsonl", text)
+                if done in milestones or stop:
+                    save_checkpoint(folder, done, model, optimizer, log, annealing)
             if stop:
                 wait_for_all()  # or else torchrun might end rank 0 while it saves
                 raise KeyboardInterrupt
@@ -657,6 +656,17 @@ def save_preview(folder, done, model, tokenizer, config, autocast):
 
 def checkpoints(folder):
     return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
+
+def load_checkpoint(folder, model, optimizer):
+    """Go back to the newest checkpoint. Returns its number of updates and its log."""
+    if not checkpoints(folder):
+        return 0, []
+    newest = checkpoints(folder)[0]
+    state = read_tensors(newest)
+    with reading(newest):  # refuses those of earlier editions, which have no log
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["updates"], state["log"]
 
 def save_checkpoint(folder, done, model, optimizer, log, annealing):
     """Keep the last two, and the one where annealing starts: its model knows every order."""
