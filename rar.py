@@ -356,7 +356,6 @@ from tokenizer import CROPS, UserError, replacing, save_grid
 
 ORDERS = ("raster", "alternate", "spiral_in", "spiral_out", "subsample", "z_curve")
 
-@lru_cache
 def scan_order(name, grid_size):
     """The cells (T,) as a scan of Fig. 6 visits them. The pictures show the turn of each cell.
 
@@ -369,7 +368,7 @@ def scan_order(name, grid_size):
     cells = np.arange(grid_size**2)
     if name.startswith("spiral"):
         # Go down the left side, take it away, and turn the rest so that the next side is there.
-        spiral, rest = [], cells.reshape(grid_size, grid_size).T  # The left side is row 0.
+        spiral, rest = [], cells.reshape(grid_size, grid_size).T  # Now the left side is row 0.
         while rest.size:
             spiral.extend(rest[0])
             rest = np.rot90(rest[1:])
@@ -442,10 +441,10 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
         # adaLN is a third of all weights and needs class and slot only, so it runs ahead: its
         # weights are read 32 times less often. (All 256 slots would take too much memory.)
         if slot % AHEAD == 0:
-            tables = head_table = None  # or memory would hold the old ones and the new
+            tables = None  # or memory would hold the old ones and the new
             condition = model.class_and_slot(classes, slot, slot + AHEAD)  # (B + 1, 32, D)
             tables = [block.adaLN_modulation(condition) for block in model.blocks]
-            head_table = model.adaln_before_head.adaLN_modulation(condition)
+            head_table = model.adaln_before_head.adaLN_modulation(condition).float()
 
         x = inputs[:, slot, None]  # (copies * B, 1, D)
         if slot > 1:
@@ -458,8 +457,7 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
 
         # In float32 also under autocast, because guidance would amplify rounding.
         with torch.autocast(device.type, enabled=False):
-            modulation = head_table[table_row, slot % AHEAD, None].float()
-            logits = model.head(x.float(), modulation)[:, 0]
+            logits = model.head(x, head_table[table_row, slot % AHEAD, None])[:, 0]
         t = slot - 1
         if copies == 2:
             logits, unconditional = logits.chunk(2)  # (B, V) each
@@ -496,12 +494,12 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     device, B = model.cls_token.device, config.micro_batch
     if numbers is None:
         numbers = list(range(len(labels)))
-    known_there = None if known is None else known.to(device)
+    known_on_device = None if known is None else known.to(device)
 
     def draw_all(labels, uniforms, orders):
         with autocast:
             return generate(model, labels, config.scale, config.power, config.temperature,
-                            uniforms=uniforms, orders=orders, known=known_there)
+                            uniforms=uniforms, orders=orders, known=known_on_device)
 
     for start in tqdm(range(0, len(numbers), B), "sampling", leave=False):
         batch = numbers[start:start + B]
@@ -553,9 +551,8 @@ def micro_batches(tensors, config, device):
 def train_step(model, optimizer, config, batch, step, autocast):
     """Make update `step` of tokens, labels and orders. Returns loss, accuracy, gradient norm and
     learning rate, as tensors, so that nothing waits for the GPU."""
-    device = model.cls_token.device
-    sums = torch.zeros(2, device=device)
-    for inputs in micro_batches(batch, config, device):
+    sums = 0
+    for inputs in micro_batches(batch, config, model.cls_token.device):
         with autocast:
             loss, accuracy = training_loss(model, *inputs)
         # Over all micro-batches and processes these fractions of the batch add up to 1.
@@ -574,15 +571,15 @@ def train_step(model, optimizer, config, batch, step, autocast):
 @torch.no_grad()
 def evaluate(model, rows, config, autocast):
     """Bits per token on rows (N, 1 + T), in the final and in random orders."""
-    order, device = scan_order(config.order, config.grid_size), model.cls_token.device
+    order = scan_order(config.order, config.grid_size)
     rows = torch.from_numpy(rows.astype(np.int64))
     labels, tokens = rows[:, 0], rows[:, 1:]
     bits = {}
     for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
         # For all rows at once, because orders must not depend on the micro-batch.
         orders = sample_orders(*tokens.shape, r, order, np.random.default_rng(0))
-        nats = 0
-        for inputs in micro_batches([tokens, labels, orders], config, device):
+        batch, nats = (tokens, labels, orders), 0
+        for inputs in micro_batches(batch, config, model.cls_token.device):
             with autocast:
                 # Not model(...), which torch.compile would compile again for these sizes.
                 loss, _ = training_loss(model.forward, *inputs)
@@ -592,7 +589,7 @@ def evaluate(model, rows, config, autocast):
 
 def in_words(config, bits):
     return (f"held-out {bits['final_order_bits']:.3f} bits/token in {config.order} order, "
-            f"{bits['random_order_bits']:.3f} bits/token in random order")
+            f"{bits['random_order_bits']:.3f} in random order")
 
 def train(config, folder, tokenizer, rows, held_out, device, autocast):
     """Make the updates that the run in `folder` still lacks."""
@@ -639,8 +636,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                     save_preview(folder, done, model, tokenizer, config, autocast)
                 if done in logged:  # A stop leaves no line, as if it had not been.
                     log.append(line)
-                    text = "".join(json.dumps(line) + "\n" for line in log)
-                    write_text(folder / "log.jsonl", text)
+                    write_text(folder / "log.jsonl", "\n".join(map(json.dumps, log)) + "\n")
                 if done in milestones or stop:
                     save_checkpoint(folder, done, model, optimizer, log, annealing)
             if stop:
@@ -655,13 +651,14 @@ def save_preview(folder, done, model, tokenizer, config, autocast):
     save_grid(folder / f"step-{done:06}.png", images, names)
 
 def checkpoints(folder):
-    return sorted(folder.glob("checkpoint-[0-9]*.pt"), reverse=True)  # the newest first
+    """Their files, the newest last."""
+    return sorted(folder.glob("checkpoint-[0-9]*.pt"))
 
 def load_checkpoint(folder, model, optimizer):
-    """Go back to the newest checkpoint. Returns its number of updates and its log."""
+    """Go back to the newest checkpoint. Returns the number of its updates, and their log."""
     if not checkpoints(folder):
         return 0, []
-    newest = checkpoints(folder)[0]
+    newest = checkpoints(folder)[-1]
     state = read_tensors(newest)
     with reading(newest):  # refuses those of earlier editions, which have no log
         model.load_state_dict(state["model"])
@@ -674,9 +671,9 @@ def save_checkpoint(folder, done, model, optimizer, log, annealing):
     state = dict(updates=done, model=weights, optimizer=optimizer.state_dict(), log=log)
     write_tensors(folder / "weights.pt", weights)
     write_tensors(folder / f"checkpoint-{done:07}.pt", state)
-    for path in checkpoints(folder)[2:]:
+    for path in checkpoints(folder)[:-2]:
         if path.name != f"checkpoint-{annealing:07}.pt":
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 # What follows holds nothing of the method: it is the program around the two loops.
 # ---- Part III: the program
