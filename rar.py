@@ -365,21 +365,19 @@ def scan_order(name, grid_size):
      8  9 10 11      2 13 14  7      2  6  3  7      8  9 12 13
     15 14 13 12      3  4  5  6     10 14 11 15     10 11 14 15
     """
-    cells = np.arange(grid_size**2)
-    if name.startswith("spiral"):
-        # Go down the left side, take it away, and turn the rest so that the next side is there.
-        spiral, rest = [], cells.reshape(grid_size, grid_size).T  # Now the left side is row 0.
-        while rest.size:
-            spiral.extend(rest[0])
-            rest = np.rot90(rest[1:])
-        return torch.tensor(spiral if name == "spiral_in" else spiral[::-1])
+    N, half = grid_size, (grid_size + 1) // 2
+    row, column = np.divmod(np.arange(N * N), N)
+    # A spiral goes through rings. In each, row + column grows up to the lower right corner, and
+    # falls on the way back, above the diagonal.
+    ring = np.minimum.reduce([row, column, N - 1 - row, N - 1 - column])
+    along = np.where(row < column, 4 * N - row - column, row + column)
 
-    # The others sort the cells by keys. Trap: the last key counts most.
-    row, column = np.divmod(cells, grid_size)
-    half = (grid_size + 1) // 2
+    # Cells are sorted by these keys. Trap: the last one counts most.
     keys = {
         "raster": (column, row),
         "alternate": (column * (-1)**row, row),
+        "spiral_in": (along, ring),
+        "spiral_out": (-along, -ring),
         # The first cells of all quarters, then the second ones
         "subsample": (column // half, row // half, column % half, row % half),
         # Binary digits of column and row in turn: quarter by quarter, and so on within each
@@ -390,7 +388,7 @@ def scan_order(name, grid_size):
 # ---- 6. Sampling with a cache: the same tokens, but each slot runs once
 
 class Cache:
-    """The keys and values of one block, for all slots that have run."""
+    """Keys and values of one block, (2, B, H, S, D/H), for all slots that have run."""
 
     def __init__(self, slots):
         self.slots, self.filled = slots, 0
@@ -399,15 +397,14 @@ class Cache:
         """Attention of the next slot to itself and to those before. All (B, H, 1, D/H)."""
         if self.filled == 0:
             # In v's type: autocast makes v bfloat16, but k's norm gives float32.
-            self.keys = v.new_empty(*v.shape[:2], self.slots, v.shape[3])
-            self.values = torch.empty_like(self.keys)
-        self.keys[:, :, self.filled] = k[:, :, 0]
-        self.values[:, :, self.filled] = v[:, :, 0]
+            self.kept = v.new_empty(2, *v.shape[:2], self.slots, v.shape[3])
+        self.kept[0, :, :, self.filled] = k[:, :, 0]
+        self.kept[1, :, :, self.filled] = v[:, :, 0]
         self.filled += 1
 
         # The slot sees all before, so there is no mask. For one query on a GPU, two matrix products
         # take at most half of the time of PyTorch's attention.
-        keys, values = self.keys[:, :, :self.filled], self.values[:, :, :self.filled]
+        keys, values = self.kept[:, :, :, :self.filled]
         scores = (q * q.shape[-1]**-0.5) @ keys.mT  # (B, H, 1, slots)
         return scores.softmax(-1) @ values
 
@@ -430,11 +427,11 @@ def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=
     # With guidance a picture is two sequences: first come all with their class, then all without.
     # adaLN's tables have a row for each picture, and a last one for "no class".
     copies = 1 if scale in (0, 1) else 2
-    classes = torch.cat([labels, torch.full_like(labels[:1], model.config.num_classes)])  # (B + 1,)
+    classes = F.pad(labels, (0, 1), value=model.config.num_classes)  # (B + 1,)
     table_row = torch.arange(copies * B, device=device).clamp(max=B)  # 0 .. B - 1, then B only
 
-    # What enters the blocks, (copies * B, T + 1, D), but for the tokens that are not drawn yet
-    inputs = model.position_embeddings(orders).repeat(copies, 1, 1)
+    # What enters the blocks, but for the tokens, which are not drawn yet
+    inputs = model.position_embeddings(orders).repeat(copies, 1, 1)  # (copies * B, T + 1, D)
     inputs[:, :2] += model.prompt(classes[table_row])
     caches = [Cache(T + 1) for _ in model.blocks]
     for slot in range(T + 1):
@@ -494,12 +491,12 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
     device, B = model.cls_token.device, config.micro_batch
     if numbers is None:
         numbers = list(range(len(labels)))
-    known_on_device = None if known is None else known.to(device)
+    given = None if known is None else known.to(device)
 
     def draw_all(labels, uniforms, orders):
         with autocast:
             return generate(model, labels, config.scale, config.power, config.temperature,
-                            uniforms=uniforms, orders=orders, known=known_on_device)
+                            uniforms=uniforms, orders=orders, known=given)
 
     for start in tqdm(range(0, len(numbers), B), "sampling", leave=False):
         batch = numbers[start:start + B]
@@ -541,18 +538,19 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     mine = slice(rank, None, processes)
     return tokens[mine], labels[mine], orders[mine], r
 
-def micro_batches(tensors, config, device):
-    """Tensors with a row for each sample, on the device, as parts that fit into its memory."""
+def micro_batches(model, batch, config):
+    """Tokens, labels and orders on the model's device, in parts that fit into its memory."""
+    device = model.cls_token.device
     if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
-        tensors = [x.contiguous().pin_memory() for x in tensors]
-    tensors = [x.to(device, non_blocking=True) for x in tensors]
-    return zip(*[x.split(config.micro_batch) for x in tensors])
+        batch = [x.contiguous().pin_memory() for x in batch]
+    batch = [x.to(device, non_blocking=True) for x in batch]
+    return zip(*[x.split(config.micro_batch) for x in batch])
 
 def train_step(model, optimizer, config, batch, step, autocast):
     """Make update `step` of tokens, labels and orders. Returns loss, accuracy, gradient norm and
     learning rate, as tensors, so that nothing waits for the GPU."""
     sums = 0
-    for inputs in micro_batches(batch, config, model.cls_token.device):
+    for inputs in micro_batches(model, batch, config):
         with autocast:
             loss, accuracy = training_loss(model, *inputs)
         # Over all micro-batches and processes these fractions of the batch add up to 1.
@@ -578,8 +576,8 @@ def evaluate(model, rows, config, autocast):
     for name, r in (("final_order_bits", 0), ("random_order_bits", 1)):
         # For all rows at once, because orders must not depend on the micro-batch.
         orders = sample_orders(*tokens.shape, r, order, np.random.default_rng(0))
-        batch, nats = (tokens, labels, orders), 0
-        for inputs in micro_batches(batch, config, model.cls_token.device):
+        nats = 0
+        for inputs in micro_batches(model, [tokens, labels, orders], config):
             with autocast:
                 # Not model(...), which torch.compile would compile again for these sizes.
                 loss, _ = training_loss(model.forward, *inputs)
@@ -622,8 +620,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
             # Only from here on does Python wait for the GPU.
             loss, accuracy, norm, lr = map(float, results)
             if not math.isfinite(loss + norm):
-                raise UserError(f"update {done}: loss or gradient is not finite: run the same "
-                                "command with a lower --lr")
+                raise UserError(f"update {done}: loss or gradient is not finite: lower --lr")
             passes = done * config.batch * CROPS[config.crops] / len(rows)
             bar.set_postfix(loss=loss, r=r, passes=passes)
 
