@@ -357,7 +357,7 @@ from tokenizer import CROPS, UserError, replacing, save_grid
 ORDERS = ("raster", "alternate", "spiral_in", "spiral_out", "subsample", "z_curve")
 
 def scan_order(name, grid_size):
-    """The cells (T,) as a scan of Fig. 6 visits them. The pictures show the turn of each cell.
+    """The cells (T,) as a scan of Fig. 6 visits them. The pictures number the cells so.
 
       alternate       spiral_in       subsample        z_curve
      0  1  2  3      0 11 10  9      0  4  1  5      0  1  4  5
@@ -408,7 +408,7 @@ class Cache:
         scores = (q * q.shape[-1]**-0.5) @ keys.mT  # (B, H, 1, slots)
         return scores.softmax(-1) @ values
 
-AHEAD = 32
+AHEAD = 32  # slots for which adaLN runs at once
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
@@ -511,7 +511,8 @@ def recorded(function, *inputs):
     """The function as a CUDA graph, because a GPU runs small kernels faster than Python starts
     them. It keeps these inputs' size: fewer rows are filled up with those of the call before."""
     function(*inputs)  # In a first call libraries prepare themselves, which can't be recorded.
-    graph = torch.cuda.CUDAGraph()  # thread_local: NCCL's threads may use the GPU meanwhile.
+    graph = torch.cuda.CUDAGraph()
+    # thread_local, because NCCL's threads may use the GPU meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function(*inputs)
 
@@ -600,6 +601,8 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
     if config.compile and device.type == "cuda":
         model.compile()  # in place, so parameters keep their names
 
+    # After `annealing` updates r begins to fall. After milestones there are a preview and a
+    # checkpoint, and after those in `logged` a line of the log.
     annealing = math.ceil(config.anneal[0] * config.steps)
     milestones = {annealing, config.steps, *range(0, config.steps, config.save_every)}
     logged = {1, *milestones, *range(0, config.steps, config.log_every)}
