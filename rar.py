@@ -719,7 +719,7 @@ class Config:
     heads: int = 16  # of attention
     mlp_width: int = 3072  # hidden channels
     dropout: float = 0.1  # fraction of activations
-    init: str = ""  # weights to start from
+    init: str = ""  # weights to start from, of the same --model
     anneal: tuple = (0.5, 0.75)  # fractions of training between which r falls to 0
     target_aware: bool = True  # tell slots which cell comes next
     label_dropout: float = 0.1  # fraction of samples without class
@@ -729,12 +729,13 @@ class Config:
     weight_decay: float = 0.03  # of AdamW
     betas: tuple = (0.9, 0.96)  # of AdamW
     order: str = "raster"  # of cells
-    seed: int = 0  # for sample it is 1
+    seed: int = 0  # of all random numbers; for sample it is 1
+    # A run that goes on may change what follows.
     lr: float = 4e-4  # learning rate after warm-up
     min_lr: float = 1e-5  # learning rate at the end
     clip: float = 1.0  # largest norm of gradients
     micro_batch: int = 64  # samples in memory at once
-    compile: bool = True  # use torch.compile on a GPU; not for tiny and small
+    compile: bool = True  # on a GPU, which takes a minute; not for tiny and small
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
     scale: float = 16.0  # guidance at the last token; 0 and 1 are none
@@ -752,10 +753,10 @@ class Config:
         if self.width % self.heads or self.image_size % self.grid_size:
             raise UserError("--heads must divide --width, and --grid-size --image-size")
 
+# Each flag with its help, read off the lines above
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
 SAMPLING = ("order", "seed", "scale", "power", "temperature")
-MAY_CHANGE = (*SAMPLING[2:], "lr", "min_lr", "clip", "micro_batch", "compile", "log_every",
-              "save_every")  # when a run goes on
+MAY_CHANGE = [*HELP][[*HELP].index("lr"):]
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
                    grid_size=8, tokenizer="patch", warmup=0.05, log_every=20, compile=False)
@@ -782,13 +783,14 @@ def read_config(folder):
         with reading(path):
             return Config(**json.loads(path.read_text()))
 
-def fit_micro_batch(config, given, device, weight_bytes, state_bytes):
-    """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory."""
+def fit_micro_batch(config, given, device, parameter_bytes, activation_bytes):
+    """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory. Bytes, as measured,
+    are those of a parameter, and those of a slot for each channel of each block."""
     if device.type == "cpu" or "micro_batch" in given:
         return
     memory = torch.cuda.get_device_properties(device).total_memory
-    weights = weight_bytes * 18 * config.depth * config.width**2
-    sample = state_bytes * config.depth * config.width * (config.grid_size**2 + 1)
+    weights = parameter_bytes * 18 * config.depth * config.width**2
+    sample = activation_bytes * config.depth * config.width * (config.grid_size**2 + 1)
     fits = max(1, int((0.85 * memory - weights) / sample))
     if fits < config.micro_batch:
         print(f"--micro-batch is {fits}, because the GPU has {memory / 1e9:.0f} GB")
@@ -805,7 +807,7 @@ def find_data(data):
     if data.endswith(".jsonl"):
         return [], [], []
     names = [folder.name for folder in class_folders(data)]
-    # Numbers are the same class with zeros in front.
+    # Zeros in front of a number make no other class.
     names = [str(int(name)) if name.isdecimal() else name for name in names]
     return names, *labelled_pictures(data)
 
@@ -882,12 +884,15 @@ def train_command(args, given, device, autocast):
     """Train a model."""
     folder, config, pictures, held_out = choose_config(args.out, given, device)
     print(f"{folder}: --model {config.model}, {config.num_classes} classes, "
-          f"{config.image_size} pixels, {config.steps:,} updates")
-    if config.compile and device.type == "cuda":
-        print("compiling takes a minute; --no-compile does without")
+          f"{config.steps:,} updates")
     if config.model == "small":
         print("on a GPU, fine-tuning RAR-B is better: see the README")
+    if config.compile and device.type == "cuda":
+        print("compiling takes a minute; --no-compile does without")
+    if config.batch < WORLD_SIZE:
+        raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
 
+    wait_for_all()  # All have looked into the folder.
     with locked(folder):
         if RANK == 0:
             write_text(folder / "config.json", json.dumps(vars(config), indent=1))
@@ -903,41 +908,46 @@ def train_command(args, given, device, autocast):
 
 def choose_config(out, given, device):
     """The folder of a run, its Config, and its (class, path) pairs to train on and held out."""
-    old = out and read_config(out) or Config()
-    data = given.get("data", old.data).rstrip("/")
+    old = read_config(out) if out else None
+    data = given.get("data", old.data if old else "shapes").rstrip("/")
     names, pictures, held_out = find_data(data)
     given |= dict(data=data, num_classes=len(names) or 1000, class_names=names)
-    preset = "small"
+
+    preset = "RAR-B"
     if data == "shapes":
         preset = "tiny"
-    elif not pictures or len(names) == 1000 and device.type == "cuda":
-        preset = "RAR-B"
+    elif pictures and (device.type == "cpu" or len(names) < 1000):
+        preset = "small"
     preset = given.get("model", preset)
-    folder = Path(out or f"runs/{Path(data).resolve().name.removesuffix('.jsonl')}-{preset}")
+    folder = Path(out or f"runs/{Path(data).resolve().stem}-{preset}")
 
     config = read_config(folder)
-    if config and checkpoints(folder):  # Flags that are given change it, if they may.
-        for name, value in given.items():
-            before = getattr(config, name)
-            if value != before and name not in MAY_CHANGE:
-                raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
-            if value != before:
-                print(f"{folder}: {name} was {before} and is {value} from now on")
-        config = replace(config, **given)
-    elif not config and any(folder.glob("[!.]*")):
+    if not config and any(folder.glob("[!.]*")):
         raise UserError(f"{folder} holds other files: choose another --out")
-    else:
-        chosen, count = dict(model=preset), min(len(pictures), given.get("photographs", 60_000))
-        if data == "shapes":
-            chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch",
-                           crops="center")
-        if preset == "small" and 0 < count < 2000:  # or they would be memorised
-            chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
-                           crops="ten", dropout=0.2, save_every=100)
-        config = replace(PRESETS[preset], **chosen | given)
-        # Bytes as measured, of a parameter and of a state
+    if not checkpoints(folder):
+        config = new_config(preset, given, len(pictures))
         fit_micro_batch(config, given, device, 16, 80 if config.compile else 105)
-    return folder, config, evenly(pictures, config.photographs), held_out
+
+    # A run that goes on is changed by the flags that are given, if they may.
+    for name, value in given.items():
+        before = getattr(config, name)
+        if value != before and name not in MAY_CHANGE:
+            raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
+        if value != before:
+            print(f"{folder}: {name} was {before} and is {value} from now on")
+    return folder, replace(config, **given), evenly(pictures, config.photographs), held_out
+
+def new_config(preset, given, count):
+    """A preset, changed as the data want it, and then as the user does."""
+    chosen = dict(model=preset)
+    if given["data"] == "shapes":
+        chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch",
+                       crops="center")
+    count = min(count, given.get("photographs", count))
+    if preset == "small" and 0 < count < 2000:  # or they would be memorised
+        chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
+                       crops="ten", dropout=0.2, save_every=100)
+    return replace(PRESETS[preset], **chosen | given)
 
 def sample_command(args, given, device, autocast):
     """Draw pictures."""
@@ -974,7 +984,7 @@ def sample_command(args, given, device, autocast):
     if path.suffix not in (".png", ".npz", "") and not path.is_dir():
         raise UserError(f"--out {path}: name a .png for a grid, an .npz, or a folder")
 
-    # Numbered PNGs, of which a grid or an .npz is made in the end
+    # Pictures are numbered PNGs at first, so that a stopped command can continue.
     store = Path(f"{path}.parts") if path.suffix in (".png", ".npz") else path
     if RANK == 0:
         note_settings(store, settings)
@@ -1120,7 +1130,8 @@ def run_command(argv):
             shown = f" [RAR-B: {default}]" if name == "train" else ""
             flag("--" + setting.replace("_", "-"), help=HELP[setting] + shown, **options)
         flag("--device", choices=devices, default=devices[-1])
-        flag("--precision", choices=["float32", "tf32", "bfloat16"], help="of matrix products")
+        flag("--precision", choices=["float32", "tf32", "bfloat16"],
+             help="of matrix products [on a GPU bfloat16 for train, else tf32]")
         if name == "train":
             flag("--out", help="folder of the run [runs/DATA-MODEL]")
         else:
@@ -1138,8 +1149,8 @@ def run_command(argv):
 
     given = {name: value for name, value in vars(args).items()
              if name in HELP and value is not None}
-    on_cuda = "bfloat16" if args.function == train_command else "tf32"
-    device, args.precision, autocast = choose_device(args.device, args.precision, on_cuda)
+    on_gpu = "bfloat16" if args.function == train_command else "tf32"
+    device, args.precision, autocast = choose_device(args.device, args.precision, on_gpu)
     if WORLD_SIZE > 1:  # The others may wait for rank 0 for long.
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     if RANK > 0:  # The first process speaks for all.
@@ -1171,14 +1182,14 @@ def main(argv=None):
 
 # ---- 11. Processes and files
 
-def choose_device(name, precision, on_cuda):
+def choose_device(name, precision, on_gpu):
     """The device, the precision of matrix products, and its autocast context."""
     device = torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(int(TOLD.get("LOCAL_RANK", 0)))
-    # Older cards have no TF32, and would emulate bfloat16 slowly.
+    # Older GPUs have no TF32, and would emulate bfloat16 slowly.
     is_new = name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    precision = precision or (on_cuda if is_new else "float32")
+    precision = precision or (on_gpu if is_new else "float32")
     if name == "cuda" and not is_new and precision != "float32":
         raise UserError(f"--precision {precision} needs a GPU of compute capability 8 or more")
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
