@@ -352,6 +352,8 @@ import torch.distributed as dist
 
 from tokenizer import CROPS, UserError, replacing, save_grid
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 # ---- 5. Scan orders: the paper's five besides raster
 
 ORDERS = ("raster", "alternate", "spiral_in", "spiral_out", "subsample", "z_curve")
@@ -485,16 +487,20 @@ def image_orders(config, numbers, known=None):
         turns = turns - T * (known >= 0)  # before all others
     return turns.argsort(dim=1, stable=True)
 
-def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
+def autocast(config):
+    """The context in which matrix products are in bfloat16, if the settings say so."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, config.precision == "bfloat16")
+
+def sample_tokens(model, labels, config, numbers=None, known=None):
     """Yield numbers and tokens (B, T) of pictures, batch by batch. Up to rounding, picture i
     depends on labels[i], weights, settings and i only. known (T,) holds given tokens, or -1."""
-    device, B = model.cls_token.device, config.micro_batch
+    B = config.micro_batch
     if numbers is None:
         numbers = list(range(len(labels)))
-    given = None if known is None else known.to(device)
+    given = None if known is None else known.to(DEVICE)
 
     def draw_all(labels, uniforms, orders):
-        with autocast:
+        with autocast(config):
             return generate(model, labels, config.scale, config.power, config.temperature,
                             uniforms=uniforms, orders=orders, known=given)
 
@@ -502,8 +508,8 @@ def sample_tokens(model, labels, config, autocast, numbers=None, known=None):
         batch = numbers[start:start + B]
         uniforms = image_uniforms(config.seed, batch, config.grid_size**2)
         orders = image_orders(config, batch, known)
-        inputs = [x.to(device) for x in (labels[batch], uniforms, orders)]
-        if device.type == "cuda" and start == 0 and len(numbers) > B:
+        inputs = [x.to(DEVICE) for x in (labels[batch], uniforms, orders)]
+        if DEVICE.type == "cuda" and start == 0 and len(numbers) > B:
             draw_all = recorded(draw_all, *inputs)
         yield batch, draw_all(*inputs)
 
@@ -539,20 +545,19 @@ def draw_batch(rows, config, step, rank=0, processes=1):
     mine = slice(rank, None, processes)
     return tokens[mine], labels[mine], orders[mine], r
 
-def micro_batches(model, batch, config):
-    """Tokens, labels and orders on the model's device, in parts that fit into its memory."""
-    device = model.cls_token.device
-    if device.type == "cuda":  # From pinned memory they are copied while Python goes on.
+def micro_batches(batch, config):
+    """Tokens, labels and orders on the device, in parts that fit into its memory."""
+    if DEVICE.type == "cuda":  # From pinned memory they are copied while Python goes on.
         batch = [x.contiguous().pin_memory() for x in batch]
-    batch = [x.to(device, non_blocking=True) for x in batch]
+    batch = [x.to(DEVICE, non_blocking=True) for x in batch]
     return zip(*[x.split(config.micro_batch) for x in batch])
 
-def train_step(model, optimizer, config, batch, step, autocast):
+def train_step(model, optimizer, config, batch, step):
     """Make update `step` of tokens, labels and orders. Returns loss, accuracy, gradient norm and
     learning rate, as tensors, so that nothing waits for the GPU."""
     sums = 0
-    for inputs in micro_batches(model, batch, config):
-        with autocast:
+    for inputs in micro_batches(batch, config):
+        with autocast(config):
             loss, accuracy = training_loss(model, *inputs)
         # Over all micro-batches and processes these fractions of the batch add up to 1.
         fraction = len(inputs[0]) / config.batch
@@ -568,7 +573,7 @@ def train_step(model, optimizer, config, batch, step, autocast):
     return *sum_over_processes(sums), norm, lr
 
 @torch.no_grad()
-def evaluate(model, rows, config, autocast):
+def evaluate(model, rows, config):
     """Bits per token on rows (N, 1 + T), in the final and in random orders."""
     order = scan_order(config.order, config.grid_size)
     rows = torch.from_numpy(rows.astype(np.int64))
@@ -578,8 +583,8 @@ def evaluate(model, rows, config, autocast):
         # For all rows at once, because orders must not depend on the micro-batch.
         orders = sample_orders(*tokens.shape, r, order, np.random.default_rng(0))
         nats = 0
-        for inputs in micro_batches(model, [tokens, labels, orders], config):
-            with autocast:
+        for inputs in micro_batches([tokens, labels, orders], config):
+            with autocast(config):
                 # Not model(...), which torch.compile would compile again for these sizes.
                 loss, _ = training_loss(model.forward, *inputs)
             nats += loss.item() * len(inputs[0])
@@ -590,15 +595,15 @@ def in_words(config, bits):
     return (f"held-out {bits['final_order_bits']:.3f} bits/token in {config.order} order, "
             f"{bits['random_order_bits']:.3f} in random order")
 
-def train(config, folder, tokenizer, rows, held_out, device, autocast):
+def train(config, folder, tokenizer, rows, held_out):
     """Make the updates that the run in `folder` still lacks."""
     torch.manual_seed(config.seed)
-    model = RAR(config).to(device)
+    model = RAR(config).to(DEVICE)
     optimizer = make_optimizer(model, config)
     done, log = load_checkpoint(folder, model, optimizer)
     if config.init and not done:
         load_init(model, config)
-    if config.compile and device.type == "cuda":
+    if config.compile and DEVICE.type == "cuda":
         model.compile()  # in place, so parameters keep their names
 
     # After `annealing` updates r begins to fall. After milestones there are a preview and a
@@ -614,7 +619,7 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
             # Dropout, too, depends on the update only, so that a run can be continued.
             torch.manual_seed(hash((config.seed, step, RANK)))
             model.train()
-            results = train_step(model, optimizer, config, batch, step, autocast)
+            results = train_step(model, optimizer, config, batch, step)
 
             done = step + 1
             stop = in_any_process(signals)
@@ -631,9 +636,9 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                 line = dict(step=done, loss=loss, accuracy=accuracy, r=r, lr=lr,
                             gradient_norm=norm, passes=passes)
                 if done in milestones:
-                    line |= evaluate(model.eval(), held_out, config, autocast)
+                    line |= evaluate(model.eval(), held_out, config)
                     bar.write(f"update {done}: {in_words(config, line)}")
-                    save_preview(folder, done, model, tokenizer, config, autocast)
+                    save_preview(folder, done, model, tokenizer, config)
                 if done in logged:  # A stop leaves no line, as if it had not been.
                     log.append(line)
                     write_text(folder / "log.jsonl", "\n".join(map(json.dumps, log)) + "\n")
@@ -643,9 +648,9 @@ def train(config, folder, tokenizer, rows, held_out, device, autocast):
                 wait_for_all()  # or else torchrun might end rank 0 while it saves
                 raise KeyboardInterrupt
 
-def save_preview(folder, done, model, tokenizer, config, autocast):
+def save_preview(folder, done, model, tokenizer, config):
     labels = torch.arange(min(60, 5 * config.num_classes)) % config.num_classes
-    batches = sample_tokens(model, labels, config, autocast)
+    batches = sample_tokens(model, labels, config)
     images = torch.cat([tokenizer.decode(tokens).cpu() for _, tokens in batches])
     names = config.class_names or range(config.num_classes)
     save_grid(folder / f"step-{done:06}.png", images, names)
@@ -735,6 +740,7 @@ class Config:
     min_lr: float = 1e-5  # learning rate at the end
     clip: float = 1.0  # largest norm of gradients
     micro_batch: int = 64  # samples in memory at once
+    precision: str = "float32"  # of matrix products; on a GPU tf32, and bfloat16 for train
     compile: bool = True  # on a GPU, which takes a minute; not for tiny and small
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
@@ -755,7 +761,7 @@ class Config:
 
 # Each flag with its help, read off the lines above
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
-SAMPLING = ("order", "seed", "scale", "power", "temperature")
+SAMPLING = ("order", "seed", "scale", "power", "temperature", "precision")
 MAY_CHANGE = [*HELP][[*HELP].index("lr"):]
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
@@ -783,12 +789,12 @@ def read_config(folder):
         with reading(path):
             return Config(**json.loads(path.read_text()))
 
-def fit_micro_batch(config, given, device, parameter_bytes, activation_bytes):
+def fit_micro_batch(config, given, parameter_bytes, activation_bytes):
     """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory. Bytes, as measured,
     are those of a parameter, and those of a slot for each channel of each block."""
-    if device.type == "cpu" or "micro_batch" in given:
+    if DEVICE.type == "cpu" or "micro_batch" in given:
         return
-    memory = torch.cuda.get_device_properties(device).total_memory
+    memory = torch.cuda.get_device_properties(DEVICE).total_memory
     weights = parameter_bytes * 18 * config.depth * config.width**2
     sample = activation_bytes * config.depth * config.width * (config.grid_size**2 + 1)
     fits = max(1, int((0.85 * memory - weights) / sample))
@@ -832,7 +838,7 @@ def make_tokenizer(config, pictures):
 def open_tokenizer(config, folder):
     """The tokenizer of the weights in a folder: its own, or the released one."""
     path, sizes = folder / "tokenizer.pt", (config.grid_size, config.codebook_size)
-    tokenizer = load(path if path.exists() else released_tokenizer())
+    tokenizer = load(path if path.exists() else released_tokenizer()).to(DEVICE)
     if sizes != (tokenizer.grid_size, tokenizer.codebook_size):
         raise UserError(f"the tokenizer of {folder} has another --grid-size or --codebook-size")
     return tokenizer
@@ -880,14 +886,14 @@ def encoded(pictures, tokenizer, crops, name):
 
 # ---- 10. Commands
 
-def train_command(args, given, device, autocast):
+def train_command(args, given):
     """Train a model."""
-    folder, config, pictures, held_out = choose_config(args.out, given, device)
+    folder, config, pictures, held_out = choose_config(args.out, given)
     print(f"{folder}: --model {config.model}, {config.num_classes} classes, "
           f"{config.steps:,} updates")
     if config.model == "small":
         print("on a GPU, fine-tuning RAR-B is better: see the README")
-    if config.compile and device.type == "cuda":
+    if config.compile and DEVICE.type == "cuda":
         print("compiling takes a minute; --no-compile does without")
     if config.batch < WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
@@ -900,13 +906,13 @@ def train_command(args, given, device, autocast):
                 tokenizer = make_tokenizer(config, pictures)
                 write_tensors(folder / "tokenizer.pt", tokenizer.state_dict())
         wait_for_all()
-        tokenizer = open_tokenizer(config, folder).to(device)
+        tokenizer = open_tokenizer(config, folder)
         rows, held_out = open_rows(config, pictures, held_out, tokenizer)
-        train(config, folder, tokenizer, rows, held_out, device, autocast)
+        train(config, folder, tokenizer, rows, held_out)
     print(f"look at {folder}/step-{config.steps:06}.png\n"
           f"next: python rar.py sample --weights {folder}")
 
-def choose_config(out, given, device):
+def choose_config(out, given):
     """The folder of a run, its Config, and its (class, path) pairs to train on and held out."""
     old = read_config(out) if out else None
     data = given.get("data", old.data if old else "shapes").rstrip("/")
@@ -916,7 +922,7 @@ def choose_config(out, given, device):
     preset = "RAR-B"
     if data == "shapes":
         preset = "tiny"
-    elif pictures and (device.type == "cpu" or len(names) < 1000):
+    elif pictures and (DEVICE.type == "cpu" or len(names) < 1000):
         preset = "small"
     preset = given.get("model", preset)
     folder = Path(out or f"runs/{Path(data).resolve().stem}-{preset}")
@@ -926,7 +932,7 @@ def choose_config(out, given, device):
         raise UserError(f"{folder} holds other files: choose another --out")
     if not checkpoints(folder):
         config = new_config(preset, given, len(pictures))
-        fit_micro_batch(config, given, device, 16, 80 if config.compile else 105)
+        fit_micro_batch(config, given, 16, 80 if config.compile else 105)
 
     # A run that goes on is changed by the flags that are given, if they may.
     for name, value in given.items():
@@ -949,12 +955,12 @@ def new_config(preset, given, count):
                        crops="ten", dropout=0.2, save_every=100)
     return replace(PRESETS[preset], **chosen | given)
 
-def sample_command(args, given, device, autocast):
+def sample_command(args, given):
     """Draw pictures."""
-    model, trained, folder = load_model(args.weights, {}, device)
-    config = replace(trained, **dict(micro_batch=64 if device.type == "cpu" else 128) | given)
-    fit_micro_batch(config, given, device, 4, 25)
-    tokenizer = open_tokenizer(config, folder).to(device)
+    model, trained, folder = load_model(args.weights, {})
+    config = replace(trained, **dict(micro_batch=64 if DEVICE.type == "cpu" else 128) | given)
+    fit_micro_batch(config, given, 4, 25)
+    tokenizer = open_tokenizer(config, folder)
     size = tokenizer.image_size
 
     names = config.class_names or [str(i) for i in range(config.num_classes)]
@@ -976,8 +982,7 @@ def sample_command(args, given, device, autocast):
         print("weights annealed to another order: take a checkpoint from before that")
 
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
-        classes=classes, precision=args.precision, weights=fingerprint(model),
-        known=args.complete and known.tolist())
+        classes=classes, weights=fingerprint(model), known=args.complete and known.tolist())
     path = Path(args.out or folder / f"samples-{fingerprint(tokenizer, settings, count)}.png")
     if args.out and path.is_file():
         raise UserError(f"{path} is there already: choose another --out")
@@ -992,12 +997,12 @@ def sample_command(args, given, device, autocast):
     files = [store / f"{number:06}.png" for number in range(count)]
     missing = [number for number in range(count)[RANK::WORLD_SIZE] if not files[number].exists()]
 
-    if args.precision == "bfloat16":
+    if config.precision == "bfloat16":
         to_bfloat16(model)
-    elif device.type == "cpu" and torch.backends.mkldnn.is_available():
+    elif DEVICE.type == "cpu" and torch.backends.mkldnn.is_available():
         to_mkldnn(model.blocks)  # in place, and faster for a few rows
     with ThreadPoolExecutor() as pool:
-        for numbers, tokens in sample_tokens(model, labels, config, autocast, missing, known):
+        for numbers, tokens in sample_tokens(model, labels, config, missing, known):
             pixels = to_uint8(tokenizer.decode(tokens))
             list(pool.map(save_png, [files[number] for number in numbers], pixels))
     wait_for_all()
@@ -1036,19 +1041,19 @@ def save_png(path, pixels):
     with replacing(path) as part:
         Image.fromarray(pixels).save(part, "PNG", compress_level=1)
 
-def eval_command(args, given, device, autocast):
+def eval_command(args, given):
     """Bits per token on held-out pictures."""
-    model, config, folder = load_model(args.weights, given, device)
+    model, config, folder = load_model(args.weights, given)
     names, _, held_out = find_data(config.data)
     others = sorted({*names} ^ {*(config.class_names or names)})[:10]
     if names and (others or len(names) != config.num_classes):
         raise UserError(f"--data {config.data} has {len(names)} classes, the model "
                         f"{config.num_classes}; not in both: {', '.join(others)}")
-    tokenizer = open_tokenizer(config, folder).to(device)
+    tokenizer = open_tokenizer(config, folder)
     _, rows = open_rows(config, [], held_out, tokenizer)
-    print(f"{folder}: {in_words(config, evaluate(model, rows, config, autocast))}")
+    print(f"{folder}: {in_words(config, evaluate(model, rows, config))}")
 
-def load_model(path, given, device):
+def load_model(path, given, device=None):
     """The model at a path, its Config and folder. Sizes are read off the weights, other settings
     are given, or in the config.json beside them, or in the preset of that width."""
     path = find_weights(path)
@@ -1071,7 +1076,7 @@ def load_model(path, given, device):
         with torch.device("meta"):  # no memory, because weights are assigned below
             model = RAR(config)
         model.load_state_dict(state, assign=True)
-    return model.to(device, torch.float32).eval(), config, path.parent
+    return model.to(device or DEVICE, torch.float32).eval(), config, path.parent
 
 RELEASED_MODELS = {  # file and SHA-256
     "RAR-B": ("rar_b.bin", "cbbf4b27dc36afae77fdb2fe0d6b9b5b7446eae45f1a9f91d442ab0b315b9ebf"),
@@ -1094,7 +1099,7 @@ def find_weights(path):
 
 def load_init(model, config):
     """Start from the weights of --init. Classes that they lack begin as "no class"."""
-    other, theirs, _ = load_model(config.init, {}, torch.device("cpu"))
+    other, theirs, _ = load_model(config.init, {}, "cpu")
     state, first, no_class = other.state_dict(), config.codebook_size + 1, theirs.num_classes
     places = {name: place for place, name in enumerate(theirs.class_names)}
     classes = [places.get(name, no_class) for name in config.class_names]
@@ -1107,19 +1112,21 @@ def load_init(model, config):
         model.load_state_dict(state)
 
 def run_command(argv):
+    # Older GPUs have no TF32, and would emulate bfloat16 slowly.
+    is_new = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     parser = argparse.ArgumentParser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
-    devices = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
-    for name, function, settings in (
-            ("train", train_command, HELP),
-            ("eval", eval_command, ["data", "order", "micro_batch"]),
-            ("sample", sample_command, [*SAMPLING, "micro_batch"])):
+    for name, function, precision, settings in (
+            ("train", train_command, "bfloat16", HELP),
+            ("eval", eval_command, "tf32", ["data", "order", "precision", "micro_batch"]),
+            ("sample", sample_command, "tf32", [*SAMPLING, "micro_batch"])):
         command = commands.add_parser(name, help=function.__doc__)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, precision=precision if is_new else "float32")
         flag = command.add_argument
 
         orders = ORDERS + ("random",) * (name == "sample")
-        choices = dict(model=PRESETS, crops=CROPS, order=orders)
+        choices = dict(model=PRESETS, crops=CROPS, order=orders,
+                       precision=["float32", "tf32", "bfloat16"])
         for setting in settings:
             default = getattr(Config, setting)
             options = dict(type=type(default), choices=choices.get(setting))
@@ -1129,9 +1136,6 @@ def run_command(argv):
                 options = dict(action=argparse.BooleanOptionalAction)
             shown = f" [RAR-B: {default}]" if name == "train" else ""
             flag("--" + setting.replace("_", "-"), help=HELP[setting] + shown, **options)
-        flag("--device", choices=devices, default=devices[-1])
-        flag("--precision", choices=["float32", "tf32", "bfloat16"],
-             help="of matrix products [on a GPU bfloat16 for train, else tf32]")
         if name == "train":
             flag("--out", help="folder of the run [runs/DATA-MODEL]")
         else:
@@ -1149,13 +1153,16 @@ def run_command(argv):
 
     given = {name: value for name, value in vars(args).items()
              if name in HELP and value is not None}
-    on_gpu = "bfloat16" if args.function == train_command else "tf32"
-    device, args.precision, autocast = choose_device(args.device, args.precision, on_gpu)
+    if DEVICE.type == "cuda":
+        if args.precision != "float32" and not is_new:
+            raise UserError(f"--precision {args.precision} is for GPUs from capability 8 on")
+        torch.cuda.set_device(int(TOLD.get("LOCAL_RANK", 0)))
+    set_precision(args.precision)
     if WORLD_SIZE > 1:  # The others may wait for rank 0 for long.
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     if RANK > 0:  # The first process speaks for all.
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    args.function(args, given, device, autocast)
+    args.function(args, given)
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 2 for a mistake, or 130 for Ctrl-C. A process of
@@ -1182,19 +1189,10 @@ def main(argv=None):
 
 # ---- 11. Processes and files
 
-def choose_device(name, precision, on_gpu):
-    """The device, the precision of matrix products, and its autocast context."""
-    device = torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(int(TOLD.get("LOCAL_RANK", 0)))
-    # Older GPUs have no TF32, and would emulate bfloat16 slowly.
-    is_new = name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    precision = precision or (on_gpu if is_new else "float32")
-    if name == "cuda" and not is_new and precision != "float32":
-        raise UserError(f"--precision {precision} needs a GPU of compute capability 8 or more")
+def set_precision(precision):
+    """Of matrix products in float32. (autocast makes them bfloat16.)"""
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
-    return device, precision, torch.autocast(name, torch.bfloat16, precision == "bfloat16")
 
 def sum_over_processes(tensor):
     if WORLD_SIZE > 1:

@@ -38,7 +38,6 @@ import tokenizer as tok
 from rar import PRESETS, RAR, Config, generate, sample_orders, scan_order
 
 CPU = torch.device("cpu")
-PLAIN = torch.autocast("cpu", enabled=False)
 torch.set_num_threads(1)  # as in torchrun's processes
 for number in (signal.SIGINT, signal.SIGHUP):  # background jobs and nohup ignore them
     signal.signal(number, signal.default_int_handler)
@@ -212,23 +211,22 @@ def test_the_same_tokens(scale, aware):
 def test_nothing_is_read_back(patch):
     """In this mode tensors have no values. CUDA graphs can't look at one, and updates need not."""
     patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
-    config = replace(TINY, depth=1, batch=6, micro_batch=4, dropout=0.1)
+    config = replace(TINY, depth=1, batch=6, micro_batch=4, dropout=0.1, precision="bfloat16")
     *batch, _ = rar.draw_batch(ROWS, config, 0)
-    autocast = torch.autocast("cpu", torch.bfloat16)
     with FakeTensorMode() as mode:
         model = RAR(config)
         for known in (None, torch.zeros(16, dtype=torch.long)):
-            with autocast:
+            with rar.autocast(config):
                 generate(model, torch.arange(4), 1.5, 1.0, 1.0, known=known)
         batch = [*map(mode.from_tensor, batch)]
-        rar.train_step(model, rar.make_optimizer(model, config), config, batch, 0, autocast)
+        rar.train_step(model, rar.make_optimizer(model, config), config, batch, 0)
 
 def test_a_picture_depends_on_its_number():
     """And on the seed, but not on the others of its batch."""
     model, labels = tiny(order="random", scale=2.0, power=0.0), torch.arange(50) % 10
-    (_, whole), = rar.sample_tokens(model, labels, model.config, PLAIN)
+    (_, whole), = rar.sample_tokens(model, labels, model.config)
     model.config.micro_batch = 3
-    batches = rar.sample_tokens(model, labels, model.config, PLAIN, [49, 7, 2, 30])
+    batches = rar.sample_tokens(model, labels, model.config, [49, 7, 2, 30])
     assert all(torch.equal(tokens, whole[numbers]) for numbers, tokens in batches)
     found = [rar.image_uniforms(0, range(50), 16).argsort()]
     for seed in (0, 1):
@@ -281,7 +279,7 @@ def test_the_same_updates(patch):
         *batch, r = rar.draw_batch(ROWS, config, step)
         assert all(map(torch.equal, batch, batches[step]))
         expected = one.training_loss(model, *batch)
-        found = rar.train_step(model, optimizer, config, batch, step, PLAIN)
+        found = rar.train_step(model, optimizer, config, batch, step)
         assert torch.allclose(torch.stack(found[:2]), torch.stack(expected))
     found, expected = (each(tokens, labels, orders) for each in (model, plain))
     assert torch.allclose(found, expected, atol=1e-3)
@@ -299,7 +297,7 @@ def test_evaluate():
     rows, found = np.column_stack([LABELS, TOKENS]).astype(np.uint16), []
     for micro_batch in (1, 2, 3):
         model = tiny(order="alternate", micro_batch=micro_batch)
-        bits, of_random_orders = rar.evaluate(model, rows, model.config, PLAIN).values()
+        bits, of_random_orders = rar.evaluate(model, rows, model.config).values()
         assert bits == approx(loss.item() / math.log(2))
         found.append(of_random_orders)
     assert found == approx(found[:1] * 3) and abs(bits - found[0]) > 1e-3
@@ -367,7 +365,7 @@ def tensors_of(path):
 
 def contents(folder):
     """What each file of a folder holds. Equal checkpoints may differ in their bytes."""
-    return {path.name: path.read_bytes() if path.name[:10] != "checkpoint"
+    return {path.name: path.read_bytes() if not path.match("checkpoint*.pt")
             else json.dumps(tensors_of(path), default=torch.Tensor.tolist)
             for path in Path(folder).iterdir() if path.is_file()}
 
@@ -418,8 +416,11 @@ class Pretended(str):
     type = "cuda"
 
 def pretend(patch, device=Pretended("cpu")):
-    patch.setattr(rar, "choose_device", lambda *_: (device, "float32", PLAIN))
+    patch.setattr(rar, "DEVICE", device)
+    patch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     patch.setattr(torch.cuda, "set_device", lambda _: None)
+    patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    patch.setattr(rar, "recorded", lambda function, *_: function)
 
 @pytest.mark.parametrize("gigabytes, flags, fits", [
     (16, "", 25), (24, "", 43), (24, "--no-compile", 32), (80, "", 64),
@@ -439,14 +440,14 @@ def test_micro_batch_fits(gigabytes, flags, fits, patch, capsys):
 
 def test_older_cards(patch, refused):
     """Before compute capability 8 there is no TF32, and bfloat16 would be slow."""
-    patch.setattr(torch.cuda, "set_device", bool)
-    patch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, expected in (((8, 0), "tf32"), ((7, 5), "float32")):
-        patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        _, precision, _ = rar.choose_device("cuda", None, "tf32")
-        assert precision == expected
+    pretend(patch)
     for precision in ("tf32", "bfloat16"):
         assert precision in refused(f"train --precision {precision}")
+    for capability, expected in (((8, 0), "tf32"), ((7, 5), "float32")):
+        patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        chosen = calls(patch, rar, "set_precision")
+        works("sample", 2)  # without weights
+        assert chosen == [(expected,)]
 
 def test_train_on_photographs(photographs, capsys, patch, refused):
     """Tokens are made once for the same pictures and tokenizer, also when that is stopped."""
@@ -534,7 +535,7 @@ def test_samples(trained, patch, refused):
     """Picture i is of class i % 10. More go into the same folder, but not by other settings."""
     works(f"{SAMPLE} a/b/x.npz")
     works(f"{SAMPLE} folder/ --micro-batch 64")
-    model, config, run = rar.load_model(None, {}, CPU)
+    model, config, run = rar.load_model(None, {})
     tokens = generate(model, torch.arange(23) % 10, config.scale, config.power, config.temperature,
                       uniforms=rar.image_uniforms(1, range(23), 64))
     np.savez("plain.npz", arr_0=tok.to_uint8(rar.open_tokenizer(config, run).decode(tokens)))
@@ -1061,9 +1062,8 @@ eval --data photos""".splitlines():
         command, _, named = line.partition(" | ")
         assert (named or command.split()[1]) in refused(command)
     assert contents(run) == before and sorted(os.listdir()) == ["file", "foreign", "photos", "runs"]
-    for line in ("draw", "train --device cuda"):
-        with pytest.raises(SystemExit, match="2"):
-            works(line)
+    with pytest.raises(SystemExit, match="2"):
+        rar.main(["draw"])
     for error, named in ((OSError("broken"), "broken"), (MemoryError(), "--micro-batch"),
                          (torch.OutOfMemoryError(), "--micro-batch")):
         patch.setattr(rar, "load_model", raising(error))

@@ -56,12 +56,11 @@ def score(arm, folder, judge, held_out):
     """What a run is worth, in each order of sampling"""
     def judged(order, guidance, seed, count):
         model, config, _ = rar.load_model(folder, {
-            "order": order, "scale": guidance, "power": 0.0, "temperature": 1.0, "seed": seed},
-            DEVICE)
+            "order": order, "scale": guidance, "power": 0.0, "temperature": 1.0, "seed": seed,
+            "precision": "bfloat16"})
         tokenizer = rar.open_tokenizer(config, folder).to(DEVICE)
         labels = torch.arange(count, device=DEVICE) % config.num_classes
-        autocast = torch.autocast(DEVICE.type, torch.bfloat16)
-        batches = rar.sample_tokens(model, labels, config, autocast)
+        batches = rar.sample_tokens(model, labels, config)
         images = [resized(tokenizer.decode(tokens), 32) for _, tokens in batches]
         return judge.score(torch.cat(images), labels, held_out)
 

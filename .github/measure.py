@@ -76,9 +76,6 @@ def speed(call, count, amount, unit):
         figure("memory", torch.cuda.max_memory_reserved() / 1e9, "GB")
     return took
 
-def autocast_of(precision):
-    return rar.choose_device(DEVICE.type, precision, precision)[2]
-
 def build(size, batch, who="ours", **changes):
     """A model with random weights, and its Config."""
     torch.manual_seed(0)
@@ -96,23 +93,26 @@ def build(size, batch, who="ours", **changes):
 
 def sampling(size, precision, who):
     model, config = build(size, 128, who)
-    labels, autocast = torch.arange(config.batch) % config.num_classes, autocast_of(precision)
+    labels = torch.arange(config.batch) % config.num_classes
+    config.precision = precision
+    rar.set_precision(precision)
     if precision == "bfloat16" and who != "theirs":
         rar.to_bfloat16(model)
     for block in model.blocks if who == "compiled" else []:
         block.compile(dynamic=True, backend=BACKEND)
     # On a GPU the first batch is recorded, and the others replay it.
-    call = rar.sample_tokens(model, labels.repeat(4), config, autocast).__next__
+    call = rar.sample_tokens(model, labels.repeat(4), config).__next__
     if who == "theirs":
         def call():
-            with autocast, torch.no_grad():
+            with rar.autocast(config), torch.no_grad():
                 model.generate(labels.to(DEVICE), config.scale, config.temperature, config.power)
     speed(call, 1 if who == "theirs" else 3, config.batch, "images/s")
 
 def logits():
     """Of the loop, on a GPU recorded, against those of one forward pass in float32."""
     model, config = build("RAR-B", 8)
-    T, autocast, seen = config.grid_size**2, autocast_of("float32"), []
+    T, seen = config.grid_size**2, []
+    rar.set_precision("float32")
     tokens = torch.randint(config.codebook_size, (8, T), device=DEVICE)
     labels, orders = torch.arange(8, device=DEVICE), rar.sample_orders(8, T, 0.5).to(DEVICE)
     with torch.no_grad():
@@ -122,12 +122,13 @@ def logits():
 
     def loop(known):
         seen.clear()
-        with autocast:
+        with rar.autocast(config):
             rar.generate(model, labels, 0, 0, 1, orders=orders, known=known)
         return torch.stack(seen, 1)
 
     for precision in ("float32", "bfloat16"):
-        autocast = autocast_of(precision)
+        config.precision = precision
+        rar.set_precision(precision)
         if precision == "bfloat16":
             rar.to_bfloat16(model)
         found = (rar.recorded(loop, tokens) if CUDA else loop)(tokens)
@@ -140,7 +141,8 @@ def logits():
 def trainer(size, who, batch, **changes):
     """A function that makes an update and returns the loss; the model and its Config."""
     model, config = build(size, batch, who, **changes)
-    optimizer, autocast = rar.make_optimizer(model.train(), config), autocast_of("bfloat16")
+    optimizer, config.precision = rar.make_optimizer(model.train(), config), "bfloat16"
+    rar.set_precision("bfloat16")
     rows = np.random.default_rng(0).integers(10, size=(10_000, 1 + config.grid_size**2))
     steps = iter(range(config.steps))
     if who == "compiled":
@@ -149,7 +151,7 @@ def trainer(size, who, batch, **changes):
     def update():
         step = next(steps)
         *batch, _ = rar.draw_batch(rows, config, step)
-        return rar.train_step(model, optimizer, config, batch, step, autocast)[0]
+        return rar.train_step(model, optimizer, config, batch, step)[0]
     return update, model, config
 
 def training(size, who, count=8):
@@ -165,7 +167,7 @@ def compile(size):
     training(size, "compiled", 1)
 
 def processes():
-    """Compiled, as in a process of torchrun, with two micro-batches: the losses of plain training?"""
+    """Compiled, as in a process of torchrun, with two micro-batches: the plain losses?"""
     distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", rank=0, world_size=1,
                                    store=distributed.HashStore())
     changes = dict(depth=4, dropout=0.0, steps=20, warmup=0.0)

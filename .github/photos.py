@@ -9,7 +9,6 @@ training picture. Samples that share much more than held-out photographs do are 
 """
 
 import argparse
-import contextlib
 from pathlib import Path
 
 import torch
@@ -52,16 +51,16 @@ def distance_to_halves(judge, images, labels, held_out):
 
 def score(judge, run, held_out, labels, count):
     """Accuracy, distances and shared tokens of samples of a run, by name."""
-    model, config, folder = rar.load_model(run, {"seed": 1}, DEVICE)
+    model, config, folder = rar.load_model(run, {"seed": 1, "precision": "float32"})
     tokenizer = rar.open_tokenizer(config, folder).to(DEVICE)
     wanted = torch.arange(count) % config.num_classes
-    batches = rar.sample_tokens(model, wanted, config, contextlib.nullcontext())
+    batches = rar.sample_tokens(model, wanted, config)
     tokens = torch.cat([part for _, part in batches])
     images = torch.cat([resized(tokenizer.decode(part), 32) for part in tokens.split(100)])
     wanted = wanted.to(DEVICE)
     reconstructed = resized(again(tokenizer, resized(held_out, config.image_size)), 32)
 
-    _, *pairs = rar.find_data(config.data)
+    _, _, *pairs = rar.find_data(config.data)
     rows, held_out_rows = rar.open_rows(config, *pairs, tokenizer)
     return {"accuracy": judge.score(images, wanted, held_out)["accuracy"],
             "distance": distance_to_halves(judge, images, wanted, held_out),

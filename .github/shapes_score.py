@@ -7,7 +7,6 @@ Trains a small CNN on drawn shapes, tells how well it does on held-out drawings,
 """
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import rar
 from rar import SHAPES_HELD_OUT, SHAPES_TRAIN
 from tokenizer import SHAPES, draw_shape, to_float
 
-CPU = torch.device("cpu")
 
 
 def drawings(start, stop):
@@ -55,13 +53,14 @@ def accuracy(classifier, images, labels):
 
 def load(path, **settings):
     """The model, config and tokenizer of a run or checkpoint."""
-    model, config, folder = rar.load_model(path, settings, CPU)
+    rar.DEVICE = torch.device("cpu")  # so that it is the same on every machine
+    model, config, folder = rar.load_model(path, {"precision": "float32"} | settings)
     return model, config, rar.open_tokenizer(config, folder)
 
 
 def sample(model, config, tokenizer, labels, known=None):
     """Images (N, 3, H, W) of the classes `labels` (N,)."""
-    batches = rar.sample_tokens(model, labels, config, contextlib.nullcontext(), known=known)
+    batches = rar.sample_tokens(model, labels, config, known=known)
     return tokenizer.decode(torch.cat([tokens for _, tokens in batches]))
 
 
