@@ -790,8 +790,8 @@ def read_config(folder):
             return Config(**json.loads(path.read_text()))
 
 def fit_micro_batch(config, given, parameter_bytes, activation_bytes):
-    """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory. Bytes, as measured,
-    are those of a parameter, and those of a slot for each channel of each block."""
+    """Lower the preset's micro-batch to what fits into 85 % of the GPU's memory. The bytes, of a
+    parameter and of a channel of a slot in a block, were measured."""
     if DEVICE.type == "cpu" or "micro_batch" in given:
         return
     memory = torch.cuda.get_device_properties(DEVICE).total_memory
@@ -854,8 +854,9 @@ def open_rows(config, pictures, held_out, tokenizer):
     source = Path(config.data).resolve()
     if source.suffix == ".jsonl":
         sizes = config.num_classes, config.grid_size**2, config.codebook_size
-        name = f"runs/tokens/{source.stem}-{fingerprint(tokenizer, sizes, stamp(source))}"
-        paths = [Path(f"{name}-{part}.npy") for part in ("train", "held-out")]
+        key = fingerprint(tokenizer, sizes, source, source.stat().st_mtime_ns)
+        names = [f"{source.stem}-{key}-{part}.npy" for part in ("train", "held-out")]
+        paths = [Path("runs/tokens", name) for name in names]
         if RANK == 0 and not all(path.exists() for path in paths):
             import_jsonl(source, *paths, *sizes)
         wait_for_all()
@@ -866,19 +867,16 @@ def open_rows(config, pictures, held_out, tokenizer):
         rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
-def stamp(path):
-    return str(path), path.stat().st_size, path.stat().st_mtime_ns
-
 def encoded(pictures, tokenizer, crops, name):
     """The rows of (class, path) pairs. Made once, by all processes together."""
-    files = [(number, *stamp(path)) for number, path in pictures]
-    path = Path(f"runs/tokens/{name}-{fingerprint(tokenizer, crops, files)}.npy")
+    changed = [path.stat().st_mtime_ns for _, path in pictures]
+    path = Path(f"runs/tokens/{name}-{fingerprint(tokenizer, crops, pictures, changed)}.npy")
     if in_any_process(not path.exists()):
         shards = path.with_suffix(".shards")
         encode_shards(pictures, tokenizer, crops, shards, RANK, WORLD_SIZE)
         wait_for_all()
         if RANK == 0 and not path.exists():  # Another program may have joined them meanwhile.
-            # This makes only what is missing, as when another node wrote to a folder of its own.
+            # Again, for what is missing here, because another node wrote to a disk of its own.
             encode_shards(pictures, tokenizer, crops, shards)
             join_shards(shards, path)
         wait_for_all()
@@ -899,7 +897,7 @@ def train_command(args, given):
         raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
 
     wait_for_all()  # All have looked into the folder.
-    with locked(folder):
+    with lock(folder):
         if RANK == 0:
             write_text(folder / "config.json", json.dumps(vars(config), indent=1))
             if not checkpoints(folder):
@@ -964,12 +962,12 @@ def sample_command(args, given):
     size = tokenizer.image_size
 
     names = config.class_names or [str(i) for i in range(config.num_classes)]
-    for name in args.classes or []:
+    classes = args.classes or names
+    for name in classes:
         if name not in names:
             raise UserError(f"--classes {name}: choose from {len(names)}: {', '.join(names[:20])}")
-    classes = [names.index(name) for name in args.classes or names]
     count = args.count or min(60, 5 * len(classes))
-    labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
+    labels = torch.tensor([names.index(classes[i % len(classes)]) for i in range(count)])
 
     known = None
     if args.complete:
@@ -1008,7 +1006,7 @@ def sample_command(args, given):
     wait_for_all()
 
     if RANK == 0 and path != store:
-        put_together(path, files, size, [names[i] for i in classes])
+        put_together(path, files, size, classes)
         shutil.rmtree(store)
     print(f"{path}: {count:,} pictures, seed {config.seed}")
 
@@ -1067,12 +1065,12 @@ def load_model(path, given, device=None):
             heads=D // len(state["blocks.0.attn.q_norm.bias"]),
             mlp_width=len(state["blocks.0.mlp.fc1.bias"]),
             grid_size=math.isqrt(state["pos_embed"].shape[1] - 1024))
-    presets = {preset.width: preset for preset in PRESETS.values()}
-    config = read_config(path.parent) or presets.get(D, Config())
-    if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
-        given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
-    config = replace(config, **sizes | given)
-    with reading(path):
+        presets = {preset.width: preset for preset in PRESETS.values()}
+        config = read_config(path.parent) or presets.get(D, Config())
+        if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
+            given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
+        config = replace(config, **sizes | given)
+
         with torch.device("meta"):  # no memory, because weights are assigned below
             model = RAR(config)
         model.load_state_dict(state, assign=True)
@@ -1224,20 +1222,18 @@ def noting_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-@contextmanager
-def locked(folder):
-    """Refuse a second training run in a folder, where there are locks."""
+def lock(folder):
+    """A file in the folder of a run. While it is open, no other training run starts there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
-        try:
-            import fcntl  # which Windows has not
-            if RANK == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another training run: choose another --out")
-        except (ImportError, OSError):
-            pass  # Some file systems have no locks.
-        yield
+    file = open(folder / f".lock-{RANK}", "ab")
+    try:
+        import fcntl  # which Windows has not
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another training run: choose another --out")
+    except (ImportError, OSError):
+        pass  # Some file systems have no locks.
+    return file
 
 def write_text(path, text):
     with replacing(path) as part:
@@ -1255,6 +1251,8 @@ def reading(path):
     """Make one line that names the file of any error, of which torch has many kinds."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit the model, or is damaged: {reason}")
