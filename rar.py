@@ -479,7 +479,8 @@ def image_orders(config, numbers, known=None):
     """The orders (B, T) of pictures. Cells whose token is known (T,) come first."""
     T = config.grid_size**2
     if config.order == "random":
-        # The first T uniforms of a picture decide its draws, the next T the turns of its cells.
+        # The first T uniforms of a picture decide its draws. The next T are its cells' turns: the
+        # smaller one's turn, the earlier the cell comes.
         turns = image_uniforms(config.seed, numbers, 2 * T)[:, T:]
     else:
         turns = scan_order(config.order, config.grid_size).argsort().expand(len(numbers), T)
@@ -554,7 +555,7 @@ def micro_batches(batch, config):
 
 def train_step(model, optimizer, config, batch, step):
     """Make update `step` of tokens, labels and orders. Returns loss, accuracy, gradient norm and
-    learning rate, as tensors, so that nothing waits for the GPU."""
+    learning rate. They are not read, so nothing waits for the GPU."""
     sums = 0
     for inputs in micro_batches(batch, config):
         with autocast(config):
@@ -606,8 +607,8 @@ def train(config, folder, tokenizer, rows, held_out):
     if config.compile and DEVICE.type == "cuda":
         model.compile()  # in place, so parameters keep their names
 
-    # After `annealing` updates r begins to fall. After milestones there are a preview and a
-    # checkpoint, and after those in `logged` a line of the log.
+    # r begins to fall after `annealing` updates. Milestones have a preview and a checkpoint, and
+    # the updates in `logged` a line of the log.
     annealing = math.ceil(config.anneal[0] * config.steps)
     milestones = {annealing, config.steps, *range(0, config.steps, config.save_every)}
     logged = {1, *milestones, *range(0, config.steps, config.log_every)}
@@ -616,7 +617,7 @@ def train(config, folder, tokenizer, rows, held_out):
         for step in bar:
             *batch, r = draw_batch(rows, config, step, RANK, WORLD_SIZE)
 
-            # Dropout, too, depends on the update only, so that a run can be continued.
+            # Dropout depends on update and process only, so a run that goes on has the same.
             torch.manual_seed(hash((config.seed, step, RANK)))
             model.train()
             results = train_step(model, optimizer, config, batch, step)
@@ -639,7 +640,7 @@ def train(config, folder, tokenizer, rows, held_out):
                     line |= evaluate(model.eval(), held_out, config)
                     bar.write(f"update {done}: {in_words(config, line)}")
                     save_preview(folder, done, model, tokenizer, config)
-                if done in logged:  # A stop leaves no line, as if it had not been.
+                if done in logged:  # A stop has no line: the log ends as if there had been none.
                     log.append(line)
                     write_text(folder / "log.jsonl", "\n".join(map(json.dumps, log)) + "\n")
                 if done in milestones or stop:
@@ -716,7 +717,7 @@ class Config:
     image_size: int = 256  # pixels a side, if the tokenizer is patch
     crops: str = "ten"  # of photographs: ten, flip (two) or center
     photographs: int = 10**9  # at most so many, evenly from all classes
-    tokenizer: str = "released"  # released, patch (fitted to the data), or a file
+    tokenizer: str = "released"  # released, patch (fitted to the data), or a file; not with --init
     grid_size: int = 16  # cells a side
     codebook_size: int = 1024  # different tokens
     width: int = 768  # channels
@@ -735,12 +736,12 @@ class Config:
     betas: tuple = (0.9, 0.96)  # of AdamW
     order: str = "raster"  # of cells
     seed: int = 0  # of all random numbers; for sample it is 1
-    # A run that goes on may change what follows.
+    # A run that goes on may change what follows (MAY_CHANGE).
     lr: float = 4e-4  # learning rate after warm-up
     min_lr: float = 1e-5  # learning rate at the end
     clip: float = 1.0  # largest norm of gradients
     micro_batch: int = 64  # samples in memory at once
-    precision: str = "float32"  # of matrix products; on a GPU tf32, and bfloat16 for train
+    precision: str = ""  # of matrix products; on a new GPU bfloat16 for train, else tf32
     compile: bool = True  # on a GPU, which takes a minute; not for tiny and small
     log_every: int = 100  # updates between lines of the log
     save_every: int = 5000  # updates between checkpoints
@@ -756,8 +757,10 @@ class Config:
                 raise UserError(f"{name} = {value} is too small")
         if not 0 <= self.anneal[0] <= self.anneal[1] <= 1:
             raise UserError("--anneal wants two fractions of training, in order")
-        if self.width % self.heads or self.image_size % self.grid_size:
-            raise UserError("--heads must divide --width, and --grid-size --image-size")
+        if self.width % self.heads:
+            raise UserError("--heads must divide --width")
+        if self.tokenizer == "patch" and self.image_size % self.grid_size:
+            raise UserError("--grid-size must divide --image-size")
 
 # Each flag with its help, read off the lines above
 HELP = dict(re.findall(r"    (\w+): .* = .*  # (.*)", inspect.getsource(Config)))
@@ -771,7 +774,8 @@ PRESETS = {  # with micro-batches for 80 GB
                    batch=16, lr=4e-3, save_every=500, scale=1.65, power=0.0, temperature=0.8),
     "small": Config(**WITHOUT_GPU, crops="flip", photographs=60_000, codebook_size=2048,
                     anneal=(0.25, 0.5), steps=1400, batch=64, lr=3e-3, save_every=350,
-                    # glibc asks the system anew for more than 32 MB, which logits of 64 would take.
+                    # More than 32 MB are slow on a CPU, because glibc asks the system for them each
+                    # time. Logits of 64 would be 34 MB.
                     micro_batch=16, scale=4.0, power=1.0, temperature=0.95),
     "RAR-S": Config(depth=12, steps=20_000, batch=256, micro_batch=128, save_every=1000),
     "RAR-B": Config(),
@@ -795,7 +799,7 @@ def fit_micro_batch(config, given, parameter_bytes, activation_bytes):
     if DEVICE.type == "cpu" or "micro_batch" in given:
         return
     memory = torch.cuda.get_device_properties(DEVICE).total_memory
-    weights = parameter_bytes * 18 * config.depth * config.width**2
+    weights = parameter_bytes * 18 * config.depth * config.width**2  # in blocks
     sample = activation_bytes * config.depth * config.width * (config.grid_size**2 + 1)
     fits = max(1, int((0.85 * memory - weights) / sample))
     if fits < config.micro_batch:
@@ -813,7 +817,7 @@ def find_data(data):
     if data.endswith(".jsonl"):
         return [], [], []
     names = [folder.name for folder in class_folders(data)]
-    # Zeros in front of a number make no other class.
+    # Class 007 is class 7.
     names = [str(int(name)) if name.isdecimal() else name for name in names]
     return names, *labelled_pictures(data)
 
@@ -855,15 +859,15 @@ def open_rows(config, pictures, held_out, tokenizer):
     if source.suffix == ".jsonl":
         sizes = config.num_classes, config.grid_size**2, config.codebook_size
         key = fingerprint(tokenizer, sizes, source, source.stat().st_mtime_ns)
-        names = [f"{source.stem}-{key}-{part}.npy" for part in ("train", "held-out")]
-        paths = [Path("runs/tokens", name) for name in names]
+        paths = [Path(f"runs/tokens/{source.stem}-{key}-{part}.npy")
+                 for part in ("train", "held-out")]
         if RANK == 0 and not all(path.exists() for path in paths):
             import_jsonl(source, *paths, *sizes)
         wait_for_all()
         return [np.load(path, mmap_mode="r") for path in paths]
 
     rows = []
-    if pictures:  # eval needs held-out rows only, and gives none
+    if pictures:  # eval has none, because it needs held-out rows only
         rows = encoded(pictures, tokenizer, config.crops, f"{source.name}-train")
     return rows, encoded(evenly(held_out, 500), tokenizer, "center", f"{source.name}-held-out")
 
@@ -876,7 +880,7 @@ def encoded(pictures, tokenizer, crops, name):
         encode_shards(pictures, tokenizer, crops, shards, RANK, WORLD_SIZE)
         wait_for_all()
         if RANK == 0 and not path.exists():  # Another program may have joined them meanwhile.
-            # Again, for what is missing here, because another node wrote to a disk of its own.
+            # Again, in case that shards of the others are missing on this disk
             encode_shards(pictures, tokenizer, crops, shards)
             join_shards(shards, path)
         wait_for_all()
@@ -896,6 +900,7 @@ def train_command(args, given):
     if config.batch < WORLD_SIZE:
         raise UserError(f"--batch {config.batch} is less than the {WORLD_SIZE} processes")
 
+    set_precision(config.precision)
     wait_for_all()  # All have looked into the folder.
     with lock(folder):
         if RANK == 0:
@@ -935,15 +940,15 @@ def choose_config(out, given):
     # A run that goes on is changed by the flags that are given, if they may.
     for name, value in given.items():
         before = getattr(config, name)
-        if value != before and name not in MAY_CHANGE:
-            raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
         if value != before:
+            if name not in MAY_CHANGE:
+                raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
             print(f"{folder}: {name} was {before} and is {value} from now on")
     return folder, replace(config, **given), evenly(pictures, config.photographs), held_out
 
 def new_config(preset, given, count):
     """A preset, changed as the data want it, and then as the user does."""
-    chosen = dict(model=preset)
+    chosen = dict(model=preset, precision=usual_precision("bfloat16"))
     if given["data"] == "shapes":
         chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch",
                        crops="center")
@@ -951,13 +956,16 @@ def new_config(preset, given, count):
     if preset == "small" and 0 < count < 2000:  # or they would be memorised
         chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                        crops="ten", dropout=0.2, save_every=100)
-    return replace(PRESETS[preset], **chosen | given)
+    return replace(PRESETS[preset], **(chosen | given))
 
 def sample_command(args, given):
     """Draw pictures."""
     model, trained, folder = load_model(args.weights, {})
-    config = replace(trained, **dict(micro_batch=64 if DEVICE.type == "cpu" else 128) | given)
+    usual = dict(micro_batch=64 if DEVICE.type == "cpu" else 128,
+                 precision=usual_precision("tf32"))
+    config = replace(trained, **(usual | given))
     fit_micro_batch(config, given, 4, 25)
+    set_precision(config.precision)
     tokenizer = open_tokenizer(config, folder)
     size = tokenizer.image_size
 
@@ -977,7 +985,8 @@ def sample_command(args, given):
 
     final = scan_order(trained.order, config.grid_size)
     if config.anneal[0] < 1 and not final.equal(image_orders(config, [0], known)[0]):
-        print("weights annealed to another order: take a checkpoint from before that")
+        print(f"weights annealed to {trained.order} order: for another one, take a checkpoint from "
+              "before that")
 
     settings = {name: getattr(config, name) for name in SAMPLING} | dict(
         classes=classes, weights=fingerprint(model), known=args.complete and known.tolist())
@@ -1041,12 +1050,14 @@ def save_png(path, pixels):
 
 def eval_command(args, given):
     """Bits per token on held-out pictures."""
-    model, config, folder = load_model(args.weights, given)
+    model, config, folder = load_model(
+        args.weights, dict(precision=usual_precision("tf32")) | given)
+    set_precision(config.precision)
     names, _, held_out = find_data(config.data)
     others = sorted({*names} ^ {*(config.class_names or names)})[:10]
     if names and (others or len(names) != config.num_classes):
         raise UserError(f"--data {config.data} has {len(names)} classes, the model "
-                        f"{config.num_classes}; not in both: {', '.join(others)}")
+                        f"{config.num_classes}, and they differ: {', '.join(others)}")
     tokenizer = open_tokenizer(config, folder)
     _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config))}")
@@ -1068,7 +1079,7 @@ def load_model(path, given, device=None):
         presets = {preset.width: preset for preset in PRESETS.values()}
         config = read_config(path.parent) or presets.get(D, Config())
         if 0 < checkpoint.get("updates", 0) <= math.ceil(config.anneal[0] * config.steps):
-            given = {"anneal": (1.0, 1.0)} | given  # It knows every order.
+            given = {"anneal": (1.0, 1.0)} | given  # Not annealed yet, so it knows every order.
         config = replace(config, **sizes | given)
 
         with torch.device("meta"):  # no memory, because weights are assigned below
@@ -1110,16 +1121,14 @@ def load_init(model, config):
         model.load_state_dict(state)
 
 def run_command(argv):
-    # Older GPUs have no TF32, and would emulate bfloat16 slowly.
-    is_new = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     parser = argparse.ArgumentParser(prog="rar.py")
     commands = parser.add_subparsers(required=True)
-    for name, function, precision, settings in (
-            ("train", train_command, "bfloat16", HELP),
-            ("eval", eval_command, "tf32", ["data", "order", "precision", "micro_batch"]),
-            ("sample", sample_command, "tf32", [*SAMPLING, "micro_batch"])):
+    for name, function, settings in (
+            ("train", train_command, HELP),
+            ("eval", eval_command, ["data", "order", "precision", "micro_batch"]),
+            ("sample", sample_command, [*SAMPLING, "micro_batch"])):
         command = commands.add_parser(name, help=function.__doc__)
-        command.set_defaults(function=function, precision=precision if is_new else "float32")
+        command.set_defaults(function=function)
         flag = command.add_argument
 
         orders = ORDERS + ("random",) * (name == "sample")
@@ -1152,10 +1161,7 @@ def run_command(argv):
     given = {name: value for name, value in vars(args).items()
              if name in HELP and value is not None}
     if DEVICE.type == "cuda":
-        if args.precision != "float32" and not is_new:
-            raise UserError(f"--precision {args.precision} is for GPUs from capability 8 on")
         torch.cuda.set_device(int(TOLD.get("LOCAL_RANK", 0)))
-    set_precision(args.precision)
     if WORLD_SIZE > 1:  # The others may wait for rank 0 for long.
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     if RANK > 0:  # The first process speaks for all.
@@ -1176,8 +1182,10 @@ def main(argv=None):
         code, message = 2, f"error: {error}"
     except (MemoryError, torch.OutOfMemoryError):
         code, message = 2, "error: out of memory: lower --micro-batch"
+    finally:
+        sys.stderr = stderr  # for tracebacks
     if code:
-        time.sleep(2 * (RANK > 0))  # If rank 0 says the same, torchrun ends us first.
+        time.sleep(2 * (RANK > 0))  # What all have to say, rank 0 says. Then torchrun ends us.
         print(message, file=stderr)
     if WORLD_SIZE > 1:
         # Trap: at the usual end of Python, 1 of 35 runs aborted in C++ ("terminate called").
@@ -1187,8 +1195,15 @@ def main(argv=None):
 
 # ---- 11. Processes and files
 
+def usual_precision(on_gpu):
+    """`on_gpu`, but float32 on CPUs, and on older GPUs, which have no TF32 and emulate bfloat16."""
+    is_new = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    return on_gpu if is_new else "float32"
+
 def set_precision(precision):
     """Of matrix products in float32. (autocast makes them bfloat16.)"""
+    if DEVICE.type == "cuda" and precision != usual_precision(precision):
+        raise UserError(f"--precision {precision} needs a GPU of compute capability 8 or more")
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
 
@@ -1205,8 +1220,8 @@ def wait_for_all():
 
 @contextmanager
 def noting_signals():
-    """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one of a kind strikes at
-    once. (Not of any kind, because after Ctrl-C torchrun sends SIGTERM, too.)"""
+    """Yield a list that collects Ctrl-C, SIGTERM and SIGHUP. A second one of the same kind strikes
+    at once. (One of another kind doesn't, because after Ctrl-C torchrun sends SIGTERM, too.)"""
     def note(number, frame):
         tqdm.write("stopping after this update", file=sys.stderr)
         noted.append(number)
@@ -1243,7 +1258,7 @@ def write_tensors(path, tensors):
     with replacing(path) as part, open(part, "wb") as file:
         try:
             torch.save(tensors, file)
-        except RuntimeError as error:  # It can hide a full disk.
+        except RuntimeError as error:  # It can hide the OSError of a full disk.
             raise error.__context__ or error
 
 @contextmanager

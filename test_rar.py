@@ -442,12 +442,10 @@ def test_older_cards(patch, refused):
     """Before compute capability 8 there is no TF32, and bfloat16 would be slow."""
     pretend(patch)
     for precision in ("tf32", "bfloat16"):
-        assert precision in refused(f"train --precision {precision}")
+        assert precision in refused(f"train --precision {precision} --micro-batch 8")
     for capability, expected in (((8, 0), "tf32"), ((7, 5), "float32")):
         patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        chosen = calls(patch, rar, "set_precision")
-        works("sample", 2)  # without weights
-        assert chosen == [(expected,)]
+        assert rar.usual_precision("tf32") == expected
 
 def test_train_on_photographs(photographs, capsys, patch, refused):
     """Tokens are made once for the same pictures and tokenizer, also when that is stopped."""
@@ -487,7 +485,7 @@ def test_classes_are_matched(photographs, capsys, refused):
     works("eval")
     assert f"held-out {bits:.3f} bits" in capsys.readouterr().out
     os.rename("photos/x", "photos/y")
-    assert refused("eval").endswith("not in both: x, y")
+    assert refused("eval").endswith("they differ: x, y")
 
 def test_fine_tuning(photographs, refused):
     """In the only update of a second run the learning rate is 0."""
@@ -1001,10 +999,11 @@ def test_a_run_is_changed(capsys, patch, refused):
     """By what is given and may change."""
     run, train = Path("run"), "train --out run"
     at_step(patch, 3, interrupt)
-    works(f"{TRAIN} --log-every 1 --out run", 130)
+    works(f"{TRAIN} --log-every 1 --precision bfloat16 --out run", 130)
     works(f"{train} --lr 0.001")
     assert "lr was 0.004 and is 0.001" in capsys.readouterr().out
     rates = [line["lr"] for line in log_of(run)]
+    assert rar.read_config(run).precision == "bfloat16"  # as it was
     assert len(rates) == 6 and rates[2] > 0.001 > rates[3] > 0.0001
     before = contents(run)
     for flag in ("width 64", "steps 7", "seed 1", "anneal 0 1"):
