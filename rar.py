@@ -814,12 +814,15 @@ def find_data(data):
     """Names of classes, and (class, path) pairs to train on and held out."""
     if data == "shapes":
         return [*SHAPES], [], []
+    if not Path(data).exists():
+        raise UserError(f"--data {data}: no such file or folder")
     if data.endswith(".jsonl"):
         return [], [], []
-    names = [folder.name for folder in class_folders(data)]
-    # Class 007 is class 7.
-    names = [str(int(name)) if name.isdecimal() else name for name in names]
-    return names, *labelled_pictures(data)
+    return [folder.name for folder in class_folders(data)], *labelled_pictures(data)
+
+def by_value(names):
+    """Names of classes to be compared: class 007 is class 7."""
+    return [str(int(name)) if name.isdecimal() else name for name in names]
 
 def evenly(items, most):
     """At most so many items, evenly from all of them."""
@@ -928,20 +931,21 @@ def choose_config(out, given):
     elif pictures and (DEVICE.type == "cpu" or len(names) < 1000):
         preset = "small"
     preset = given.get("model", preset)
-    folder = Path(out or f"runs/{Path(data).resolve().stem}-{preset}")
+    folder = Path(out or f"runs/{Path(data).resolve().name.removesuffix('.jsonl')}-{preset}")
 
     config = read_config(folder)
-    if not config and any(folder.glob("[!.]*")):
+    if not config and any(path.suffix != ".part" for path in folder.glob("[!.]*")):
         raise UserError(f"{folder} holds other files: choose another --out")
     if not checkpoints(folder):
         config = new_config(preset, given, len(pictures))
         fit_micro_batch(config, given, 16, 80 if config.compile else 105)
 
     # A run that goes on is changed by the flags that are given, if they may.
+    is_finished = Path(folder, f"checkpoint-{config.steps:07}.pt").exists()
     for name, value in given.items():
         before = getattr(config, name)
         if value != before:
-            if name not in MAY_CHANGE:
+            if is_finished or name not in MAY_CHANGE:
                 raise UserError(f"{folder} has {name} = {str(before)[:60]}: choose another --out")
             print(f"{folder}: {name} was {before} and is {value} from now on")
     return folder, replace(config, **given), evenly(pictures, config.photographs), held_out
@@ -974,7 +978,9 @@ def sample_command(args, given):
     for name in classes:
         if name not in names:
             raise UserError(f"--classes {name}: choose from {len(names)}: {', '.join(names[:20])}")
-    count = args.count or min(60, 5 * len(classes))
+    count = min(60, 5 * len(classes)) if args.count is None else args.count
+    if count < 1:
+        raise UserError(f"--count {count}: ask for a picture or more")
     labels = torch.tensor([names.index(classes[i % len(classes)]) for i in range(count)])
 
     known = None
@@ -1040,7 +1046,7 @@ def note_settings(folder, settings):
     """Note how the PNGs in a folder are made, so that no others get there."""
     path, text = folder / "settings.json", json.dumps(settings)
     noted = path.read_text() if path.exists() else ""
-    if noted != text and any(folder.glob("*.png")):
+    if noted != text and (noted or any(folder.glob("*.png"))):
         raise UserError(f"{folder} has pictures made with other settings: choose another --out")
     write_text(path, text)
 
@@ -1054,10 +1060,12 @@ def eval_command(args, given):
         args.weights, dict(precision=usual_precision("tf32")) | given)
     set_precision(config.precision)
     names, _, held_out = find_data(config.data)
-    others = sorted({*names} ^ {*(config.class_names or names)})[:10]
-    if names and (others or len(names) != config.num_classes):
-        raise UserError(f"--data {config.data} has {len(names)} classes, the model "
-                        f"{config.num_classes}, and they differ: {', '.join(others)}")
+    ours, theirs = by_value(names), by_value(config.class_names or names)
+    if names and (sorted(ours) != sorted(theirs) or len(ours) != config.num_classes):
+        others = ", ".join(sorted({*ours} ^ {*theirs})[:10])
+        raise UserError(f"--data {config.data} has {len(ours)} classes, the model "
+                        f"{config.num_classes}; not in both: {others}")
+    held_out = [(theirs.index(ours[number]), path) for number, path in held_out]
     tokenizer = open_tokenizer(config, folder)
     _, rows = open_rows(config, [], held_out, tokenizer)
     print(f"{folder}: {in_words(config, evaluate(model, rows, config))}")
@@ -1097,7 +1105,9 @@ RELEASED_MODELS = {  # file and SHA-256
 def find_weights(path):
     """The weights file of a path, run or released model. None is the newest run."""
     if path in RELEASED_MODELS:
-        return fetch("yucornetto/RAR", *RELEASED_MODELS[path])
+        path = fetch("yucornetto/RAR", *RELEASED_MODELS[path])
+        released_tokenizer()
+        return path
     runs = Path("runs").glob("*/weights.pt")
     path = Path(path or max(runs, key=os.path.getmtime, default="runs/*/weights.pt"))
     path = path / "weights.pt" if path.is_dir() else path
@@ -1110,8 +1120,8 @@ def load_init(model, config):
     """Start from the weights of --init. Classes that they lack begin as "no class"."""
     other, theirs, _ = load_model(config.init, {}, "cpu")
     state, first, no_class = other.state_dict(), config.codebook_size + 1, theirs.num_classes
-    places = {name: place for place, name in enumerate(theirs.class_names)}
-    classes = [places.get(name, no_class) for name in config.class_names]
+    places = {name: place for place, name in enumerate(by_value(theirs.class_names))}
+    classes = [places.get(name, no_class) for name in by_value(config.class_names)]
     if not (places and classes):  # Without names, equally many classes are the same.
         n = config.num_classes
         classes = range(n) if n == no_class else n * [no_class]
@@ -1166,6 +1176,10 @@ def run_command(argv):
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     if RANK > 0:  # The first process speaks for all.
         sys.stdout = sys.stderr = open(os.devnull, "w")
+    weights = given.get("init") or getattr(args, "weights", None)
+    if RANK == 0 and weights in RELEASED_MODELS:
+        find_weights(weights)  # or else all processes would download it
+    wait_for_all()
     args.function(args, given)
 
 def main(argv=None):
@@ -1180,7 +1194,9 @@ def main(argv=None):
         code, message = 130, "interrupted: run the same command to continue"
     except (UserError, OSError) as error:
         code, message = 2, f"error: {error}"
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("MemoryError|(of|allocate) memory", repr(error)):
+            raise
         code, message = 2, "error: out of memory: lower --micro-batch"
     finally:
         sys.stderr = stderr  # for tracebacks
