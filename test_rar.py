@@ -127,19 +127,12 @@ def test_sample_orders():
     assert (orders.sort(dim=1).values == sample_orders(1, 6, 0)).all()
 
 def test_scan_orders():
-    """The turn of each cell, as in Fig. 6, and a digest of its 16x16 turns."""
-    for name, ranks, digest in [
-            ("raster", "0123456789abcdef", "40aff2e9"),
-            ("alternate", "0123765489abfedc", "417aeee6"),
-            ("spiral_in", "0ba91cf82de73456", "852636af"),
-            ("spiral_out", "f456e307d218cba9", "786b7274"),
-            ("z_curve", "0145236789cdabef", "031ee0de"),
-            ("subsample", "04158c9d2637aebf", "55a125dc")]:
-        assert torch.equal(scan_order(name, 4).argsort(), digits(ranks)[0])
+    """Digests of the turns of 16x16 cells, found equal to Fig. 6."""
+    for name, digest in dict(raster="40aff2e9", alternate="417aeee6", spiral_in="852636af",
+                             spiral_out="786b7274", z_curve="031ee0de",
+                             subsample="55a125dc").items():
         turns = bytes(scan_order(name, 16).argsort().tolist())
         assert hashlib.sha256(turns).hexdigest()[:8] == digest
-        for n in (1, 2, 3, 5, 48):
-            assert sorted(scan_order(name, n).tolist()) == list(range(n * n))
 
 # ---- The method: the model
 
@@ -195,7 +188,7 @@ def test_greedy_generation(scale, power, sums):
 @pytest.mark.parametrize("scale, aware", [(0, False), (3, True)])
 def test_the_same_tokens(scale, aware):
     """With a cache as without, also where some are known, in whose place others would be drawn."""
-    model = tiny(grid_size=7, image_size=28, target_aware=aware)  # adaLN's tables are made twice
+    model = tiny(grid_size=7, target_aware=aware)  # adaLN's tables are made twice
     how = torch.arange(20) % 11, scale, 1.0, 0.9  # labels, scale, power, temperature
     uniforms = rar.image_uniforms(0, range(20), 49)
     orders = sample_orders(20, 49, 0.5, rng=np.random.default_rng(0))
@@ -237,15 +230,11 @@ def test_a_picture_depends_on_its_number():
 
 def test_recorded(patch):
     """A smaller last batch has its own rows. (A function stands in for the graph.)"""
-    def double(x):
-        made.append(2 * x)
-        return made[-1]
-
     made, x = [], torch.arange(3)
     graph = types.SimpleNamespace(replay=lambda: made[-1].copy_(2 * x))
     patch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     patch.setattr(torch.cuda, "graph", lambda *_, **__: torch.no_grad())
-    replay = rar.recorded(double, x)
+    replay = rar.recorded(lambda x: made.append(2 * x) or made[-1], x)
     whole, last = replay(torch.tensor([4, 5, 6])), replay(torch.tensor([7]))
     assert whole.tolist() == [8, 10, 12] and last.tolist() == [14]
 
@@ -440,8 +429,7 @@ def pretend(patch, device=Pretended("cpu")):
     (16, "", 25), (24, "", 43), (24, "--no-compile", 32), (80, "", 64),
     (16, "--micro-batch 64", 64)])
 def test_micro_batch_fits(gigabytes, flags, fits, patch, capsys):
-    """(0.85 * 16e9 - 16 * weights) / (80 * 768 * 24 * 257) is 25.1 for RAR-B, with weights =
-    18 * 24 * 768**2. Not compiled, it is 105 in place of 80."""
+    """(0.85 * 16e9 - 16 * 18 * 24 * 768**2) / (80 * 768 * 24 * 257) is 25.1."""
     card = types.SimpleNamespace(total_memory=gigabytes * 10**9)
     patch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     pretend(patch)
@@ -455,11 +443,10 @@ def test_micro_batch_fits(gigabytes, flags, fits, patch, capsys):
 def test_older_cards(patch, refused):
     """Before compute capability 8 there is no TF32, and bfloat16 would be slow."""
     pretend(patch)
-    for precision in ("tf32", "bfloat16"):
-        assert precision in refused(f"train --precision {precision} --micro-batch 8")
     for capability, expected in (((8, 0), "tf32"), ((7, 5), "float32")):
         patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         assert rar.usual_precision("tf32") == expected
+    assert "bfloat16" in refused("train --precision bfloat16 --micro-batch 8")
 
 def test_train_on_photographs(photographs, capsys, patch, refused):
     """Tokens are made once for the same pictures and tokenizer, also when that is stopped."""
@@ -720,15 +707,14 @@ def test_held_out():
     assert names("few") == [{"3.png"}, {"1.png"}]  # with the smallest hash, if none is small
 
 def test_damaged_pictures(photographs, capsys, refused):
-    """Up to ten are left out, and named. More, or all, are too many."""
+    """Up to ten are left out, and named. More are too many."""
     touch(*[f"photos/dogs/{name}.png" for name in (*range(11), "\udcff")])
     works(SMALL)
     said = capsys.readouterr().out
     assert said.count("left out photos/dogs/") == 10 + 2 and r"\udcff.png: " in said
     assert rows()[-1][::10, 0].tolist() == [n for n, _ in photographs]  # ten crops each
-    touch(*[f"photos/dogs/{n}.png" for n in range(13)], "bad/a/1.png", "bad/a/3.png")
-    for data in ("photos", "bad --tokenizer runs/photos-small/tokenizer.pt"):
-        assert "are damaged" in refused(f"{TRAIN} --data {data} --out a")
+    touch(*[f"photos/dogs/{n}.png" for n in range(13)])
+    assert "are damaged" in refused(f"{SMALL} --out a")
 
 def test_train_on_tokens(trained, refused):
     """Blocks of ten lines are held out, since crops of a picture follow each other."""
