@@ -1151,7 +1151,7 @@ def run_command(argv):
                 options = dict(type=float, nargs=2)
             if type(default) is bool:
                 options = dict(action=argparse.BooleanOptionalAction)
-            shown = f" [RAR-B: {default}]" if name == "train" else ""
+            shown = f" [RAR-B: {default}]" if name == "train" and default != "" else ""
             flag("--" + setting.replace("_", "-"), help=HELP[setting] + shown, **options)
         if name == "train":
             flag("--out", help="folder of the run [runs/DATA-MODEL]")
