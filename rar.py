@@ -725,7 +725,7 @@ class Config:
     heads: int = 16  # of attention
     mlp_width: int = 3072  # hidden channels
     dropout: float = 0.1  # fraction of activations
-    init: str = ""  # weights to start from, of the same --model
+    init: str = ""  # weights to start from: a run, or RAR-B with --model RAR-B
     anneal: tuple = (0.5, 0.75)  # fractions of training between which r falls to 0
     target_aware: bool = True  # tell slots which cell comes next
     label_dropout: float = 0.1  # fraction of samples without class
@@ -845,7 +845,8 @@ def make_tokenizer(config, pictures):
 def open_tokenizer(config, folder):
     """The tokenizer of the weights in a folder: its own, or the released one."""
     path, sizes = folder / "tokenizer.pt", (config.grid_size, config.codebook_size)
-    tokenizer = load(path if path.exists() else released_tokenizer()).to(DEVICE)
+    is_ours = path.exists() or read_config(folder)  # or else weights without a run
+    tokenizer = load(path if is_ours else released_tokenizer()).to(DEVICE)
     if sizes != (tokenizer.grid_size, tokenizer.codebook_size):
         raise UserError(f"the tokenizer of {folder} has another --grid-size or --codebook-size")
     return tokenizer
@@ -960,6 +961,10 @@ def new_config(preset, given, count):
     if preset == "small" and 0 < count < 2000:  # or they would be memorised
         chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                        crops="ten", dropout=0.2, save_every=100)
+    theirs = read_config(find_weights(given["init"]).parent) if "init" in given else None
+    if theirs:
+        sizes = "image_size grid_size codebook_size width depth heads mlp_width"
+        chosen |= {name: getattr(theirs, name) for name in sizes.split()}
     return replace(PRESETS[preset], **(chosen | given))
 
 def sample_command(args, given):
@@ -1046,8 +1051,9 @@ def note_settings(folder, settings):
     """Note how the PNGs in a folder are made, so that no others get there."""
     path, text = folder / "settings.json", json.dumps(settings)
     noted = path.read_text() if path.exists() else ""
-    if noted != text and (noted or any(folder.glob("*.png"))):
-        raise UserError(f"{folder} has pictures made with other settings: choose another --out")
+    if noted != text and any(each.suffix != ".part" for each in folder.glob("[!.]*")):
+        raise UserError(f"{folder} holds other files, or pictures of other settings: choose "
+                        "another --out")
     write_text(path, text)
 
 def save_png(path, pixels):

@@ -193,7 +193,7 @@ class MaskGITVQGAN(nn.Module):
         return torch.cat([self.decoder(part) for part in parts]).clamp(0, 1)
 
 def load(path):
-    """The tokenizer in a file, of either kind."""
+    """A tokenizer of either kind."""
     try:
         state = torch.load(path, "cpu", weights_only=True)
         if "codebook" in state:
@@ -202,9 +202,9 @@ def load(path):
         else:
             tokenizer = MaskGITVQGAN()
         tokenizer.load_state_dict(state)
-    except OSError:
-        raise
-    except Exception:  # torch raises all kinds
+    except Exception as error:  # torch raises all kinds
+        if getattr(error, "filename", None):
+            raise  # It names the file.
         raise UserError(f"{path} is no tokenizer, or it is damaged")
     return tokenizer.eval()
 

@@ -60,7 +60,7 @@ def score(judge, run, held_out, labels, count):
     wanted = wanted.to(DEVICE)
     reconstructed = resized(again(tokenizer, resized(held_out, config.image_size)), 32)
 
-    _, _, *pairs = rar.find_data(config.data)
+    _, *pairs = rar.find_data(config.data)
     rows, held_out_rows = rar.open_rows(config, *pairs, tokenizer)
     return {"accuracy": judge.score(images, wanted, held_out)["accuracy"],
             "distance": distance_to_halves(judge, images, wanted, held_out),
