@@ -370,7 +370,7 @@ def scan_order(name, grid_size):
     N, half = grid_size, (grid_size + 1) // 2
     row, column = np.divmod(np.arange(N * N), N)
     # A spiral goes through rings. In each, row + column grows up to the lower right corner, and
-    # falls on the way back, above the diagonal.
+    # falls on the way back, above the diagonal. (4 N is more than any sum.)
     ring = np.minimum.reduce([row, column, N - 1 - row, N - 1 - column])
     along = np.where(row < column, 4 * N - row - column, row + column)
 
