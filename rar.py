@@ -45,7 +45,7 @@ in section 2.
     predicts                      -       x_2      x_0      x_3      x_1
 
 Part I is RAR: orders, model, sampling, training. Part II is both loops, fast. Part III is the
-program around them: settings, data, commands.
+program around them.
 
 Shapes: B samples, T cells, S slots (T + 1, or 1 with a cache), V tokens, D channels, H heads.
 """
@@ -81,7 +81,7 @@ def sample_orders(batch, length, r, order=None, rng=None):
     rng = rng or np.random.default_rng()
     order = np.arange(length) if order is None else np.asarray(order)
     is_random = rng.random((batch, 1)) < r
-    # Sorting noise gives a random permutation.
+    # What sorts random numbers is a random permutation.
     permutations = rng.random((batch, length)).argsort(axis=1)
     return torch.from_numpy(np.where(is_random, permutations, order))
 
@@ -410,7 +410,7 @@ class Cache:
         scores = (q * q.shape[-1]**-0.5) @ keys.mT  # (B, H, 1, slots)
         return scores.softmax(-1) @ values
 
-AHEAD = 32  # slots for which adaLN runs at once
+AHEAD = 32  # slots whose modulations are made together, for the reason given in generate
 
 @torch.no_grad()
 def generate(model, labels, scale, power, temperature, *, uniforms=None, orders=None, known=None):
@@ -657,7 +657,7 @@ def save_preview(folder, done, model, tokenizer, config):
     save_grid(folder / f"step-{done:06}.png", images, names)
 
 def checkpoints(folder):
-    """Their files, the newest last."""
+    """Files of checkpoints, sorted by the number of updates, so the newest is last."""
     return sorted(folder.glob("checkpoint-[0-9]*.pt"))
 
 def load_checkpoint(folder, model, optimizer):
@@ -769,7 +769,7 @@ MAY_CHANGE = [*HELP][[*HELP].index("lr"):]
 
 WITHOUT_GPU = dict(width=128, depth=4, heads=8, mlp_width=512, dropout=0.0, image_size=32,
                    grid_size=8, tokenizer="patch", warmup=0.05, log_every=20, compile=False)
-PRESETS = {  # with micro-batches for 80 GB
+PRESETS = {  # Their micro-batches fit into 80 GB. fit_micro_batch lowers them on smaller GPUs.
     "tiny": Config(**WITHOUT_GPU, crops="center", codebook_size=192, label_dropout=0.2, steps=1500,
                    batch=16, lr=4e-3, save_every=500, scale=1.65, power=0.0, temperature=0.8),
     "small": Config(**WITHOUT_GPU, crops="flip", photographs=60_000, codebook_size=2048,
@@ -958,7 +958,7 @@ def new_config(preset, given, count):
         chosen |= dict(image_size=32, grid_size=8, codebook_size=192, tokenizer="patch",
                        crops="center")
     count = min(count, given.get("photographs", count))
-    if preset == "small" and 0 < count < 2000:  # or they would be memorised
+    if preset == "small" and 0 < count < 2000:  # seen so often that they'd be memorised
         chosen |= dict(codebook_size=min(2048, 4 * count), steps=min(1400, max(300, count)),
                        crops="ten", dropout=0.2, save_every=100)
     theirs = read_config(find_weights(given["init"]).parent) if "init" in given else None
@@ -1128,7 +1128,7 @@ def load_init(model, config):
     state, first, no_class = other.state_dict(), config.codebook_size + 1, theirs.num_classes
     places = {name: place for place, name in enumerate(by_value(theirs.class_names))}
     classes = [places.get(name, no_class) for name in by_value(config.class_names)]
-    if not (places and classes):  # Without names, equally many classes are the same.
+    if not (places and classes):  # Token files name no classes, so their places count.
         n = config.num_classes
         classes = range(n) if n == no_class else n * [no_class]
     with reading(config.init):
