@@ -127,7 +127,7 @@ def test_sample_orders():
     assert (orders.sort(dim=1).values == sample_orders(1, 6, 0)).all()
 
 def test_scan_orders():
-    """Digests of 16x16 cells' turns, equal to Fig. 6."""
+    """Digests of 16x16 turns, as in Fig. 6"""
     for name, digest in dict(raster="40aff2e9", alternate="417aeee6", spiral_in="852636af",
                              spiral_out="786b7274", z_curve="031ee0de",
                              subsample="55a125dc").items():
@@ -229,7 +229,7 @@ def test_a_picture_depends_on_its_number():
 # ---- The method: training
 
 def test_recorded(patch):
-    """A smaller last batch has its own rows. (A function stands in for the graph.)"""
+    """A smaller last batch has its own rows."""
     made, x = [], torch.arange(3)
     graph = types.SimpleNamespace(replay=lambda: made[-1].copy_(2 * x))
     patch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
@@ -483,7 +483,7 @@ def test_classes_are_matched(photographs, capsys, refused):
     paint("photos/x/09.png")
     works(f"{SMALL} --steps 50 --lr 0.02 --label-dropout 0")
     bits = log_of("runs/photos-small")[-1]["final_order_bits"]
-    os.rename("photos/2", "photos/02")  # which comes before 10
+    os.rename("photos/2", "photos/02")
     capsys.readouterr()
     works("eval")
     assert f"held-out {bits:.3f} bits" in capsys.readouterr().out
@@ -710,14 +710,15 @@ def test_held_out():
     assert names("few") == [{"3.png"}, {"1.png"}]  # with the smallest hash, if none is small
 
 def test_damaged_pictures(photographs, capsys, refused):
-    """Up to ten are left out, and named. More are too many."""
+    """Up to ten are left out, and named. More, or all, are too many."""
     touch(*[f"photos/dogs/{name}.png" for name in (*range(11), "\udcff")])
     works(SMALL)
     said = capsys.readouterr().out
     assert said.count("left out photos/dogs/") == 10 + 2 and r"\udcff.png: " in said
     assert rows()[-1][::10, 0].tolist() == [n for n, _ in photographs]  # ten crops each
-    touch(*[f"photos/dogs/{n}.png" for n in range(13)])
-    assert "are damaged" in refused(f"{SMALL} --out a")
+    touch(*[f"photos/dogs/{n}.png" for n in range(13)], "bad/a/1.png", "bad/a/3.png")
+    for data in ("photos", "bad --tokenizer runs/photos-small/tokenizer.pt"):
+        assert "are damaged" in refused(f"{TRAIN} --data {data} --out a")
 
 def test_train_on_tokens(trained, refused):
     """Blocks of ten lines are held out, since crops of a picture follow each other."""
@@ -849,7 +850,7 @@ def test_inception(patch, workplace, refused):
     assert "hash" in refused("some.npy", fid.main)
     patch.setattr(fid, "SHA256", hashlib.sha256(Path("weights").read_bytes()).hexdigest())
     assert fid.load_weights(None, "cpu").keys() == state.keys()
-    Path("weights").unlink()  # fetched once only
+    Path("weights").unlink()
     fid.load_weights(None, "cpu")
 
 @pytest.fixture
@@ -1007,10 +1008,10 @@ def test_a_run_is_changed(capsys, patch, refused):
     works(f"{train} --lr 0.001")
     assert "lr was 0.004 and is 0.001" in capsys.readouterr().out
     rates = [line["lr"] for line in log_of(run)]
-    assert rar.read_config(run).precision == "bfloat16" and len(fits) == 1  # as it was
+    assert rar.read_config(run).precision == "bfloat16" and len(fits) == 1
     assert len(rates) == 6 and rates[2] > 0.001 > rates[3] > 0.0001
     before = contents(run)
-    for flag in ("width 64", "steps 7", "seed 1", "anneal 0 1", "lr 0.1"):  # it is finished
+    for flag in ("width 64", "steps 7", "seed 1", "anneal 0 1", "lr 0.1"):
         assert f"{flag.split()[0]} " in refused(f"{train} --{flag}")
     assert contents(run) == before
 
